@@ -1,0 +1,44 @@
+# make install   .venv with the package, its op library and everything the tests need
+# make demo      the main job on a real model: plan, export, verify, generate, compare
+# make test      everything, CPU only
+# make lint      ruff and mypy
+# make sanitize  the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two thread pools that spin on the same cores collapse; see docs/results.md.
+export OMP_WAIT_POLICY := passive
+export HF_HUB_OFFLINE := 1
+
+.PHONY: install demo test lint sanitize clean
+install: $(VENV)/.installed
+
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt cpu_runtime/CMakeLists.txt $(wildcard cmake/*.cmake cpu_runtime/src/*)
+$(VENV)/.installed: $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $$($(PYTHON) -V) found, 3.11 or newer is needed; run make PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/python samples/demo.py demo
+
+test: install
+	$(BIN)/pytest
+
+# mypy does not follow the import hooks of an editable install: show it the packages under their installed names.
+PACKAGES := planner runtime export cpu_runtime
+lint: install
+	$(BIN)/ruff check .
+	@mkdir -p build/types/attnspan && touch build/types/attnspan/__init__.py
+	@for p in $(PACKAGES); do ln -sfn ../../../$$p build/types/attnspan/$$p; done
+	MYPYPATH=build/types $(BIN)/mypy $(addprefix -p attnspan.,$(PACKAGES))
+
+sanitize:
+	cmake -S . -B build/sanitize -DATTNSPAN_ORT=OFF -DATTNSPAN_TESTS=ON -DATTNSPAN_SANITIZE=ON > /dev/null
+	cmake --build build/sanitize --parallel 2 > build/sanitize/log 2>&1 || { cat build/sanitize/log; exit 1; }
+	build/sanitize/cpu_runtime/attnspan_core_test
+
+clean:
+	rm -rf build $(VENV) demo

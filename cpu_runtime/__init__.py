@@ -1,0 +1,1 @@
+"""Runs artefacts on CPUs: ONNX Runtime with the op library `libattnspan_ort`."""

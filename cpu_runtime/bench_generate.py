@@ -1,0 +1,190 @@
+"""`attnspan bench generate`: time to first token, time per token and memory of artefacts, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnspan.planner.errors import UserError
+
+if TYPE_CHECKING:
+    from attnspan.cpu_runtime.bench_worker import Worker
+    from attnspan.runtime.artefact import Artefact
+
+__all__ = ["register"]
+
+_WARM_UP_TOKENS = 32
+
+
+def register(subparsers: Any) -> None:
+    """Add `generate` to the benchmarks."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="time to first token, time per token and memory of artefacts",
+        description="Measure artefacts in turns, each in a process of its own; medians, and the share of the "
+        "memory bandwidth measured in the same run.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("artefacts", metavar="DIR", type=Path, nargs="+", help="artefact folders; the first is the baseline")
+    parser.add_argument("--prompt-tokens", metavar="N", type=int, default=1024, help="tokens of the prompt (1024)")
+    parser.add_argument("--new-tokens", metavar="M", type=int, default=64, help="tokens to generate (64)")
+    parser.add_argument("--repeat", metavar="R", type=int, default=3, help="rounds (3)")
+    parser.add_argument("--batch", metavar="B", type=int, default=1, help="rows, each with a prompt of its own (1)")
+    parser.add_argument("--threads", metavar="T", type=int, help="threads (default: physical cores)")
+    parser.add_argument("--no-library", action="store_true", help="run attention as standard ONNX: slow")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures to this file")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from attnspan.cpu_runtime.bandwidth import ReadPass
+    from attnspan.cpu_runtime.bench_worker import Worker
+    from attnspan.cpu_runtime.loading import default_threads
+    from attnspan.planner.files import write_whole
+    from attnspan.runtime.artefact import Artefact
+
+    _check(args)
+    artefacts = [Artefact.load(folder) for folder in args.artefacts]
+    tokens = args.prompt_tokens + args.new_tokens
+    for artefact in artefacts:
+        if tokens > artefact.n_max:
+            raise UserError(
+                f"{args.prompt_tokens} prompt and {args.new_tokens} new tokens make {tokens}: "
+                f"{artefact.folder} was built for n_max = {artefact.n_max}; change --prompt-tokens"
+            )
+    prompts = _prompts(args.batch, args.prompt_tokens, min(artefact.vocab_size for artefact in artefacts))
+    threads = args.threads or default_threads()
+    options = {"batch": args.batch, "threads": threads, "use_library": not args.no_library}
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Worker(folder, options)) for folder in args.artefacts]
+        read_pass = ReadPass(threads)
+        for worker in workers:
+            worker.measure([prompt[:_WARM_UP_TOKENS] for prompt in prompts], 4)
+        bandwidth, runs = _measure(args, workers, prompts, read_pass)
+    gbs = statistics.median(bandwidth)
+    results = [
+        _result(artefact, worker, mine, args, gbs) for artefact, worker, mine in zip(artefacts, workers, runs, strict=True)
+    ]
+    print(_table(results, gbs, threads))
+    if args.json is not None:
+        settings = {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "repeat", "batch")}
+        report = {"settings": {**settings, "threads": threads}, "bandwidth_gbs": gbs, "results": results}
+        write_whole(args.json, (json.dumps(report, indent=1) + "\n").encode("utf-8"))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    from attnspan.planner.rules import check_int
+
+    for name, low in (("prompt_tokens", 1), ("new_tokens", 2), ("repeat", 1), ("batch", 1)):
+        check_int(name, getattr(args, name), low, 2**30, f"; change --{name.replace('_', '-')}")
+    if args.threads is not None:
+        check_int("threads", args.threads, 1, 4096, "; change --threads")
+    if args.json is not None and not args.json.resolve().parent.is_dir():
+        raise UserError(f"the folder of {args.json} does not exist; change --json")
+
+
+def _prompts(batch: int, tokens: int, vocab_size: int) -> list[list[int]]:
+    import numpy as np
+
+    ids: list[list[int]] = np.random.default_rng(0).integers(0, vocab_size, (batch, tokens)).tolist()
+    return ids
+
+
+def _measure(
+    args: argparse.Namespace, workers: list[Worker], prompts: list[list[int]], read_pass: Any
+) -> tuple[list[float], list[list[dict[str, Any]]]]:
+    """Rounds: every artefact once, every other round in reverse, a read pass before each."""
+    from tqdm import tqdm
+
+    bandwidth: list[float] = []
+    runs: list[list[dict[str, Any]]] = [[] for _ in workers]
+    total = args.repeat * len(workers)
+    with tqdm(total=total, desc="measuring", file=sys.stderr, leave=False, disable=not sys.stderr.isatty()) as bar:
+        for turn in range(args.repeat):
+            order = range(len(workers)) if turn % 2 == 0 else reversed(range(len(workers)))
+            for index in order:
+                bandwidth.append(read_pass.measure())
+                runs[index].append(workers[index].measure(prompts, args.new_tokens))
+                bar.update()
+    return bandwidth, runs
+
+
+def _result(
+    artefact: Artefact, worker: Worker, runs: list[dict[str, Any]], args: argparse.Namespace, gbs: float
+) -> dict[str, Any]:
+    tpot = [statistics.median(run["token_seconds"]) for run in runs]
+    median_tpot = statistics.median(tpot)
+    middle = args.prompt_tokens + args.new_tokens // 2
+    kv_read = args.batch * artefact.kv_bytes_in_force(middle)
+    moved = _weight_bytes(artefact) + kv_read
+    return {
+        "artefact": str(artefact.folder),
+        "op_library": runs[0]["library"],
+        "density_at_n_max": artefact.plan.density(),
+        "cache_dtype": artefact.cache_dtype,
+        "load_seconds": worker.load_seconds,
+        "ttft_seconds": statistics.median(run["ttft"] for run in runs),
+        "ttft_seconds_all": [run["ttft"] for run in runs],
+        "tpot_seconds": median_tpot,
+        "tpot_seconds_all": tpot,
+        "tokens_per_second": args.batch / median_tpot,
+        "kv_bytes": artefact.kv_bytes(args.batch),
+        "dense_kv_bytes": artefact.dense_kv_bytes(args.batch),
+        "kv_bytes_read_per_step": kv_read,
+        "bytes_read_per_step": moved,
+        "bandwidth_share": moved / median_tpot / (gbs * 1e9),
+        "peak_rss_bytes": max(run["peak_rss_bytes"] for run in runs),
+    }
+
+
+def _weight_bytes(artefact: Artefact) -> int:
+    """Bytes of weights that a decode step reads: the whole file, less an embedding table of its own."""
+    weights = sum(int(artefact.info["files"].get(name, {}).get("bytes", 0)) for name in ("model.onnx", "model.onnx.data"))
+    config = artefact.config
+    if not config.get("tie_word_embeddings", True) and isinstance(config.get("hidden_size"), int):
+        weights -= artefact.vocab_size * int(config["hidden_size"]) * (4 if artefact.dtype == "float32" else 2)
+    return weights
+
+
+def _table(results: list[dict[str, Any]], gbs: float, threads: int) -> str:
+    head = [
+        "artefact",
+        "first token s",
+        "ms/token",
+        "tokens/s",
+        "against first",
+        "KV MB",
+        "dense KV MB",
+        "peak RSS MB",
+        "bandwidth",
+    ]
+    rows = [
+        [
+            result["artefact"],
+            f"{result['ttft_seconds']:.3f}",
+            f"{result['tpot_seconds'] * 1e3:.2f}",
+            f"{result['tokens_per_second']:.1f}",
+            f"{results[0]['tpot_seconds'] / result['tpot_seconds']:.2f}x",
+            f"{result['kv_bytes'] / 1e6:.1f}",
+            f"{result['dense_kv_bytes'] / 1e6:.1f}",
+            f"{result['peak_rss_bytes'] / 1e6:.0f}",
+            f"{result['bandwidth_share']:.0%}",
+        ]
+        for result in results
+    ]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in [head, *rows]
+    ]
+    note = (
+        f"medians; bandwidth: share that reading the weights and the KV in force once a step has of "
+        f"{gbs:.1f} GB/s, measured with {threads} threads"
+    )
+    return "\n".join([*lines, note])

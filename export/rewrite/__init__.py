@@ -1,0 +1,1 @@
+"""Rewrites: each replaces the attention nodes of the normal form by the form of one target."""

@@ -1,0 +1,119 @@
+"""Where a model comes from: a Hugging Face folder, a GGUF file or a hub id, read without loading the weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from attnspan.export.safetensors_source import read_safetensors
+from attnspan.planner.errors import UserError
+from attnspan.planner.files import read_json
+from attnspan.planner.plan import ModelShape
+
+Weights = Mapping[str, ir.TensorProtocol]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk: its Hugging Face config and its weights by Hugging Face name, each read when it is used."""
+
+    path: Path
+    format: str  # safetensors or gguf
+    config: dict[str, Any]
+    weights: Weights
+
+    @property
+    def shape(self) -> ModelShape:
+        """The attention shape that plans are checked against."""
+        name = self.path.stem if self.path.is_file() else self.path.name
+        return ModelShape.from_config(self.config, model_id=name)
+
+    def write_side_files(self, folder: Path) -> None:
+        """Write the tokenizer's files and generation_config.json into `folder`, as far as the source has them."""
+        if self.format == "gguf":
+            from attnspan.export.gguf_source import write_tokenizer
+
+            write_tokenizer(self.path, folder)
+        else:
+            for name in TOKENIZER_FILES:
+                if (self.path / name).is_file():
+                    shutil.copyfile(self.path / name, folder / name)
+        given = self.path / "generation_config.json"
+        if given.is_file():
+            shutil.copyfile(given, folder / given.name)
+        else:
+            tokens = {key: self.config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            known = {key: value for key, value in tokens.items() if value is not None}
+            (folder / given.name).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+
+
+def open_source(model: str) -> Source:
+    """Open MODEL: a Hugging Face folder, a .gguf file, a folder with one .gguf file, or an id on the Hugging Face hub.
+
+    UserError when it is none of these, or when a file is missing or broken. Only headers are read.
+    """
+    path = Path(model)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{path} is not a .gguf file; MODEL must be a Hugging Face folder, a .gguf file or a hub id")
+        return _open_gguf(path)
+    if not path.is_dir():
+        path = _download(model)
+    if (path / "config.json").is_file():
+        config = dict(read_json(path / "config.json"))
+        return Source(path, "safetensors", config, read_safetensors(path))
+    gguf = sorted(path.glob("*.gguf"))
+    if len(gguf) == 1:
+        return _open_gguf(gguf[0])
+    found = f"{len(gguf)} .gguf files: name one" if gguf else "neither a config.json nor a .gguf file"
+    raise UserError(f"{path} holds {found}; MODEL must be a Hugging Face folder, a .gguf file or a hub id")
+
+
+def read_shape(model: str) -> ModelShape:
+    """The attention shape of MODEL; a config.json, or a folder with nothing else, is enough."""
+    path = Path(model)
+    if path.name.endswith(".json") or (path / "config.json").is_file():
+        return ModelShape.from_config(path)
+    return open_source(model).shape
+
+
+def _open_gguf(path: Path) -> Source:
+    from attnspan.export.gguf_source import read_gguf
+
+    config, weights = read_gguf(path)
+    return Source(path, "gguf", config, weights)
+
+
+def _download(model: str) -> Path:
+    """The local snapshot of a hub id, downloaded when it is not there."""
+    if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith("/"):
+        raise UserError(f"{model} does not exist; MODEL must be a Hugging Face folder, a .gguf file or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "merges.txt", "chat_template.jinja"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{model} is neither a local folder nor to be had from the Hugging Face hub ({reason}); "
+            "give MODEL as a folder or a .gguf file, or go online"
+        ) from None

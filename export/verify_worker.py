@@ -1,0 +1,103 @@
+"""The child process of `verify`: run an artefact and the PyTorch reference on the same rows and compare their logits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from attnspan.cpu_runtime.session import Session
+from attnspan.export.torch_reference import TorchReference
+from attnspan.export.verify import Row
+from attnspan.planner.plan import Plan
+from attnspan.runtime.artefact import Artefact
+
+GENERATED = 16  # tokens decoded after each prompt
+MAX_LOGITS = 2**25  # kept of one row, to be compared: 128 MiB in fp32
+POSITIONS = 128  # compared at a time
+
+
+def compare(artefact: Artefact, model: Path, tokens: int) -> list[Row]:
+    """Compare on a ragged batch of three rows of random tokens, the longest `tokens` long."""
+    plan, rng = artefact.plan, np.random.default_rng(0)
+    longest = min(tokens, plan.n_max - GENERATED)
+    lengths = [longest, max(longest // 3, 1), min(7, longest)]
+    prompts = [rng.integers(0, artefact.vocab_size, n).tolist() for n in lengths]
+    with tqdm(total=2 * sum(lengths), unit=" tokens", desc="verify", delay=2, leave=False) as bar:
+        logits, chosen = _run(artefact, prompts, bar)
+        reference = TorchReference(model, artefact.layers, artefact.cache_dtype, artefact.sink)
+        rows = []
+        for prompt, new, got in zip(prompts, chosen, logits, strict=True):
+            hidden = reference.hidden(prompt + new, _spans(plan, len(prompt), len(new)))
+            rows.append(_row(got, reference, hidden[-len(got) :], new, len(prompt), plan))
+            bar.update(len(prompt))
+    return rows
+
+
+def _run(artefact: Artefact, prompts: list[list[int]], bar: tqdm) -> tuple[list[np.ndarray], list[list[int]]]:
+    """Prefill each row, decode all together; logits [kept + generated, vocab] and generated tokens of each row."""
+    session = Session(artefact, batch=len(prompts), use_library=artefact.library is not None)
+    room = [min(len(prompt), MAX_LOGITS // artefact.vocab_size) for prompt in prompts]
+    logits = [np.empty((keep + GENERATED, artefact.vocab_size), np.float32) for keep in room]
+    for row, (prompt, keep) in enumerate(zip(prompts, room, strict=True)):
+        logits[row][:keep] = session.prefill(row, prompt, keep)
+        bar.update(len(prompt))
+    chosen: list[list[int]] = [[] for _ in prompts]
+    for step in range(GENERATED):
+        for new, keep, row_logits in zip(chosen, room, logits, strict=True):
+            new.append(int(row_logits[keep + step - 1].argmax()))
+        for row, last in enumerate(session.decode([new[-1] for new in chosen])):
+            logits[row][room[row] + step] = last
+    return logits, chosen
+
+
+def _spans(plan: Plan, prompt: int, generated: int) -> torch.Tensor:
+    """Spans that the query of every token sees: S(prompt) throughout a prompt, S(own length) for a later token."""
+    lengths = [prompt] * prompt + [prompt + i + 1 for i in range(generated)]
+    table = {n: plan.spans(n) for n in set(lengths)}
+    return torch.from_numpy(np.stack([table[n] for n in lengths]))
+
+
+def _row(got: np.ndarray, reference: TorchReference, hidden: torch.Tensor, new: list[int], prompt: int, plan: Plan) -> Row:
+    """Compare logits [compared, vocab] with those of the reference's hidden states [compared, features]."""
+    largest = total = top = 0.0
+    for first in range(0, len(got), POSITIONS):
+        some = slice(first, first + POSITIONS)
+        expected = reference.logits(hidden[some]).numpy()
+        difference = np.abs(got[some] - expected)
+        largest, total = max(largest, float(difference.max())), total + float(difference.sum(dtype=np.float64))
+        top = max(top, float(np.abs(expected).max()))
+    choices = reference.logits(hidden[-len(new) - 1 : -1]).numpy()  # after which the new tokens were chosen
+    below = choices.max(1) - choices[np.arange(len(new)), new]
+    return Row(
+        prompt=prompt,
+        generated=len(new),
+        compared=len(got),
+        max_diff=largest,
+        mean_diff=total / got.size,
+        max_logit=top,
+        same_tokens=int((below == 0).sum()),
+        worst_choice=float(below.max()),
+        wrapped=int((plan.capacities() < prompt + len(new)).sum()),
+    )
+
+
+def main() -> None:
+    """Command line of the child: FOLDER MODEL TOKENS REPORT; writes the rows as JSON to REPORT."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("tokens", type=int)
+    parser.add_argument("report", type=Path)
+    args = parser.parse_args()
+    rows = compare(Artefact.load(args.folder), args.model, args.tokens)
+    args.report.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""What a plan costs: slots and bytes of KV cache, kept and dense, by context length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from attnspan.planner.errors import UserError
+from attnspan.planner.plan import Plan
+
+CACHE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+"""Bytes of one cached number by cache type; the scales of int8 (8 bytes a head and layer) are not counted."""
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """Cost at length n: slots over all layers and KV heads, bytes of keys and values over the batch.
+
+    Bytes are None when the plan does not know head_dim.
+    """
+
+    n: int
+    density: float
+    kept_slots: int
+    dense_slots: int
+    kept_bytes: int | None
+    dense_bytes: int | None
+
+
+def kept_slots(plan: Plan, n: int) -> int:
+    """Tokens of a sequence of n that all heads of all layers keep; a token of one head is a slot."""
+    return int(np.minimum(plan.spans(n).astype(np.int64), n).sum())
+
+
+def dense_slots(plan: Plan, n: int) -> int:
+    """Slots of a dense cache of n tokens over all layers and KV heads."""
+    return plan.model.layers * plan.model.kv_heads * n
+
+
+def slot_bytes(plan: Plan, dtype: str) -> int | None:
+    """Bytes of one slot, key and value; None when the plan has no head_dim. UserError on an unknown type."""
+    if dtype not in CACHE_BYTES:
+        raise UserError(f"cache type is {dtype!r}: must be one of {', '.join(CACHE_BYTES)}; change --cache-dtype")
+    return None if plan.model.head_dim is None else 2 * plan.model.head_dim * CACHE_BYTES[dtype]
+
+
+def allocated_bytes(plan: Plan, dtype: str, batch: int = 1) -> int | None:
+    """Bytes of the caches of an artefact built for n_max: all capacities, rounding included.
+
+    A head of mode lsh counts with its full-length cache; its index is not counted. None without head_dim.
+    """
+    each = slot_bytes(plan, dtype)
+    return None if each is None else batch * each * int(plan.capacities().astype(np.int64).sum())
+
+
+def cost(plan: Plan, n: int, dtype: str = "bf16", batch: int = 1) -> CostRow:
+    """Cost of `batch` sequences of n tokens under the spans in force at n."""
+    each = slot_bytes(plan, dtype)
+    kept, dense = kept_slots(plan, n), dense_slots(plan, n)
+    scale = None if each is None else batch * each
+    return CostRow(
+        n=n,
+        density=plan.density(n),
+        kept_slots=kept,
+        dense_slots=dense,
+        kept_bytes=None if scale is None else scale * kept,
+        dense_bytes=None if scale is None else scale * dense,
+    )
+
+
+def cost_table(plan: Plan, lengths: Iterable[int], dtype: str = "bf16", batch: int = 1) -> list[CostRow]:
+    """One row of cost per context length."""
+    return [cost(plan, n, dtype, batch) for n in lengths]
+
+
+def format_bytes(count: int | None) -> str:
+    """Bytes for people, in binary units: 768 B, 11.2 MiB, 1.25 GiB; `-` when unknown."""
+    if count is None:
+        return "-"
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{count} B" if unit == "B" else f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"

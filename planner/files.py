@@ -1,0 +1,63 @@
+"""Files read strictly and written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attnspan.planner.errors import UserError
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is whole or absent: temporary name beside it, then renamed.
+
+    UserError when the folder is missing or cannot be written; other OSErrors (disk full) pass.
+    """
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; must be the path of a file")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; must be in a writable folder") from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files private
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """Read a JSON object strictly (no NaN, no repeated keys); UserError on anything else."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        data = json.loads(text, object_pairs_hook=_no_repeats, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds a {type(data).__name__}: must be a JSON object")
+    return data
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice!r} appears twice")
+    return out
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON number")

