@@ -16,6 +16,7 @@ from attnspan.planner.errors import UserError
 __all__ = ["register"]
 
 _MIN_SECONDS = 0.05  # a sample repeats its step until it took this long
+_SETTLE_SECONDS = 0.02  # until the threads of what ran before have stopped spinning
 
 
 def register(subparsers: Any) -> None:
@@ -99,16 +100,16 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _sample(step: Any, least: int) -> float:
-    """Milliseconds of one step: the mean over as many as fill `_MIN_SECONDS`, after one that wakes the threads."""
+def _sample(step: Any) -> float:
+    """Milliseconds of one step: the median of as many as fill `_MIN_SECONDS`, after one that wakes the threads."""
+    time.sleep(_SETTLE_SECONDS)
     step()
-    count, start = 0, time.perf_counter()
-    while True:
+    each: list[float] = []
+    while sum(each) < _MIN_SECONDS:
+        start = time.perf_counter()
         step()
-        count += 1
-        taken = time.perf_counter() - start
-        if count >= least and taken >= _MIN_SECONDS:
-            return taken / count * 1e3
+        each.append(time.perf_counter() - start)
+    return statistics.median(each) * 1e3
 
 
 def _measure(case: Any, args: Any, densities: list[float], names: list[str], read_pass: Any, bandwidth: list[float]) -> list[Any]:
@@ -118,6 +119,9 @@ def _measure(case: Any, args: Any, densities: list[float], names: list[str], rea
 
     made = [contenders.attnspan_contender(case, density, args.dtype) for density in densities]
     made += [contenders.baseline(name, case, args.dtype) for name in names]
+    for one in made:
+        for _ in range(one.copies):  # the first pass over fresh memory is slow
+            one.step()
     times: list[list[float]] = [[] for _ in made]
     reads: list[float] = []
     rounds = args.rounds if case.phase == "decode" else max(3, args.rounds // 3)
@@ -126,7 +130,7 @@ def _measure(case: Any, args: Any, densities: list[float], names: list[str], rea
             order = list(range(len(made)))
             for index in order if turn % 2 == 0 else reversed(order):
                 reads.append(read_pass.measure())
-                times[index].append(_sample(made[index].step, 1))
+                times[index].append(_sample(made[index].step))
                 bar.update()
     bandwidth += reads
     gbs = statistics.median(reads)

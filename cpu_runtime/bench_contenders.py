@@ -48,12 +48,13 @@ class Case:
 
 @dataclass
 class Contender:
-    """`step()` computes the layer once; `kept` is the tokens each head attends to at the end of the context."""
+    """`step()` computes the layer once, with the next of `copies` caches; each head attends to `kept` tokens at the end."""
 
     kernel: str
     dtype: str
     density: float
     kept: int
+    copies: int
     step: Callable[[], None]
 
 
@@ -87,8 +88,6 @@ def _session(node: Any, inputs: dict[str, tuple[str, Any]], outputs: dict[str, t
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = ort.SessionOptions()
     options.intra_op_num_threads = case.threads
-    # Threads that spin after a call would take the cores of whatever is measured next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if custom:
         options.register_custom_ops_library(str(library_path()))
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -159,7 +158,9 @@ def attnspan_contender(case: Case, density: float, dtype: str) -> Contender:
         )
         for k, v in pairs
     ]
-    return Contender("attnspan", dtype, density, min(capacity, case.context), _runner(session, bindings, (arrays, pairs, output)))
+    return Contender(
+        "attnspan", dtype, density, min(capacity, case.context), len(pairs), _runner(session, bindings, (arrays, pairs, output))
+    )
 
 
 def _ort_gqa(case: Case, dtype: str) -> Contender:
@@ -203,7 +204,9 @@ def _ort_gqa(case: Case, dtype: str) -> Contender:
         )
         for k, v in pairs
     ]
-    return Contender(f"ort-gqa-{dtype}", dtype, 1.0, case.context, _runner(session, bindings, (arrays, pairs, output)))
+    return Contender(
+        f"ort-gqa-{dtype}", dtype, 1.0, case.context, len(pairs), _runner(session, bindings, (arrays, pairs, output))
+    )
 
 
 def _torch_sdpa(case: Case, dtype: str) -> Contender:
@@ -227,7 +230,7 @@ def _torch_sdpa(case: Case, dtype: str) -> Contender:
             with torch.inference_mode():
                 attend(q, k, v, is_causal=True)
 
-        return Contender(f"torch-sdpa-{dtype}", dtype, 1.0, case.context, prefill)
+        return Contender(f"torch-sdpa-{dtype}", dtype, 1.0, case.context, 1, prefill)
     grouped = torch.randn(b, hkv, hq // hkv, d).to(kind)
     first = tuple(torch.randn(b, hkv, case.context, d).to(kind) for _ in range(2))
     copies = [tuple(t.clone() for t in first) for _ in range(_copies(case, case.kv_bytes(case.context, dtype)))]
@@ -237,7 +240,7 @@ def _torch_sdpa(case: Case, dtype: str) -> Contender:
         with torch.inference_mode():
             attend(grouped, *next(turn))
 
-    return Contender(f"torch-sdpa-{dtype}", dtype, 1.0, case.context, decode)
+    return Contender(f"torch-sdpa-{dtype}", dtype, 1.0, case.context, len(copies), decode)
 
 
 BASELINES = ("ort-gqa", "ort-gqa-int8", "torch-sdpa")

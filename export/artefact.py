@@ -37,7 +37,7 @@ def write_model(model: ir.Model, folder: Path) -> None:
     """Write model.onnx and model.onnx.data, one tensor in memory at a time; a progress bar when it takes seconds."""
     from tqdm import tqdm
 
-    with tqdm(total=weight_bytes(model), unit="B", unit_scale=True, desc="weights", delay=2, leave=False) as bar:
+    with tqdm(total=weight_bytes(model), unit="B", unit_scale=True, desc="weights", delay=2, leave=False, disable=None) as bar:
 
         def progress(tensor: ir.TensorProtocol, _: Any) -> None:
             bar.update(tensor.nbytes)
@@ -74,7 +74,7 @@ def describe(folder: Path, source: Source, plan: Plan, cache_dtype: ir.DataType,
         "op_library": library.name if library else None,
         "versions": _versions(),
         "files": {file.name: _fingerprint(file) for file in sorted(folder.iterdir()) if file.name != DESCRIPTION},
-        "source": {"path": str(source.path.absolute()), "format": source.format},
+        "source": {"name": source.name, "format": source.format},
     }
 
 

@@ -34,7 +34,8 @@ Token i of the chunk in row b has position q = length[b] + i. In KV head h it se
 The cache of a row holds the KV heads one after another, head h in capacity[h] slots. Position p of a head is in its slot
 p if p < sink, else in sink + (p - sink) mod (capacity[h] - sink). Keys are stored after RoPE. A chunk attends to the
 cache as it was before the chunk and to itself, then it is written; all keys and values are seen in their stored form,
-so that the result does not depend on how a prompt is cut. A past and its present may be the same buffer.""",
+so that the result does not depend on how a prompt is cut. A past and its present may be the same buffer with the op library,
+not with the function body.""",
     inputs=[
         _In("query", "T", "[batch, tokens, num_heads * dim], RoPE applied"),
         _In("key", "T", "[batch, tokens, kv_num_heads * dim], RoPE applied"),

@@ -34,6 +34,7 @@ TOKENIZER_FILES = (
 class Source:
     """A model on disk: its Hugging Face config and its weights by Hugging Face name, each read when it is used."""
 
+    name: str
     path: Path
     format: str  # safetensors or gguf
     config: dict[str, Any]
@@ -42,8 +43,7 @@ class Source:
     @property
     def shape(self) -> ModelShape:
         """The attention shape that plans are checked against."""
-        name = self.path.stem if self.path.is_file() else self.path.name
-        return ModelShape.from_config(self.config, model_id=name)
+        return ModelShape.from_config(self.config, model_id=self.name)
 
     def write_side_files(self, folder: Path) -> None:
         """Write the tokenizer's files and generation_config.json into `folder`, as far as the source has them."""
@@ -74,11 +74,12 @@ def open_source(model: str) -> Source:
         if path.suffix != ".gguf":
             raise UserError(f"{path} is not a .gguf file; MODEL must be a Hugging Face folder, a .gguf file or a hub id")
         return _open_gguf(path)
+    name = path.resolve().name
     if not path.is_dir():
-        path = _download(model)
+        name, path = model, _download(model)
     if (path / "config.json").is_file():
         config = dict(read_json(path / "config.json"))
-        return Source(path, "safetensors", config, read_safetensors(path))
+        return Source(name, path, "safetensors", config, read_safetensors(path))
     gguf = sorted(path.glob("*.gguf"))
     if len(gguf) == 1:
         return _open_gguf(gguf[0])
@@ -98,7 +99,7 @@ def _open_gguf(path: Path) -> Source:
     from attnspan.export.gguf_source import read_gguf
 
     config, weights = read_gguf(path)
-    return Source(path, "gguf", config, weights)
+    return Source(path.stem, path, "gguf", config, weights)
 
 
 def _download(model: str) -> Path:

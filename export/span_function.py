@@ -28,12 +28,15 @@ def SpanAttention(  # type: ignore[no-untyped-def]  # noqa: N802 - the op's name
     scale: float = 0.0,
     softcap: float = 0.0,
 ):
-    """Body of SpanAttention for floating-point caches. Rows of unequal capacity are padded to the longest ring."""
+    """Body of SpanAttention for floating-point caches. Heads of unequal capacity are padded to the longest.
+
+    The counts of heads follow from the shapes; they are parameters because nodes have them as attributes.
+    """
     zero = op.Constant(value_int=0)
     one = op.Constant(value_int=1)
+    axis_0 = op.Constant(value_ints=[0])
     axis_1 = op.Constant(value_ints=[1])
     axis_2 = op.Constant(value_ints=[2])
-    axis_0 = op.Constant(value_ints=[0])
     rest = op.Constant(value_ints=[-1])
     none = op.Constant(value_int=-1)
 

@@ -39,7 +39,9 @@ class NormalForm:
         """Outputs by name; `past` are the outputs of the call before."""
         batch, tokens = ids.shape
         if past is None:
-            past = {x.name.replace("past", "present"): np.zeros((batch, x.shape[1], 0, x.shape[3]), np.float32) for x in self.caches}
+            past = {
+                x.name.replace("past", "present"): np.zeros((batch, x.shape[1], 0, x.shape[3]), np.float32) for x in self.caches
+            }
         first = past["present_key.0"].shape[2]
         feeds = {x.name: past[x.name.replace("past", "present")] for x in self.caches}
         feeds |= {"input_ids": ids, "logits_to_keep": np.array([keep])}

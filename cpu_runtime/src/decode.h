@@ -1,6 +1,6 @@
 // Decode: a few query rows (the query heads of one KV head) against a long run of keys, read once.
 //
-// A block of kBlock tokens passes three steps while it is in the L1 cache: scores = q.K (dot products, kRows heads at a time so
+// A block of kBlock tokens passes three steps while it is in the L1 cache: scores = q.K (dot products, up to four heads at a time so
 // that each load of K serves them all), online softmax, acc += p.V. Scores lie as [token, lane] with `lane` the head, padded to
 // a power of two, so that the softmax runs on full vectors.
 #pragma once
@@ -10,15 +10,23 @@
 
 namespace {
 
-constexpr int kBlock = 48;                                // tokens; K and V of a block fit in half the L1 cache
+constexpr int kBlock = 24;  // tokens; two blocks of K and V, this one and the next, fit in the L1 cache
 constexpr int kAccumulators = kRegisters == 32 ? 16 : 12;  // leaves registers for K or V, and for q or p
+
+template <class C>
+constexpr int64_t kLine = 64 / int64_t(sizeof(C));  // elements of a cache line
+
+// Asks for `count` elements of the next block while this one is computed: K during the scores and V during the sums, so that
+// memory is busy all the time. The hardware alone does not keep up, above all with V, which is walked in columns.
+template <class C>
+ATTNSPAN_INLINE void fetch(const C* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLine<C>) __builtin_prefetch(p + i);
+}
 
 // Scores of `T` tokens for `G` heads into s[token * P + head]; P = 4 for three or four heads.
 template <class C, int G, int T, int P>
-ATTNSPAN_INLINE void score_tokens(const float* query, int64_t dim, const C* key, const C* ahead, float* s) {
+ATTNSPAN_INLINE void score_tokens(const float* query, int64_t dim, const C* key, float* s) {
   static_assert(T * P % 4 == 0, "scores are reduced four at a time");
-  for (int t = 0; t < T; ++t)
-    for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(C))) __builtin_prefetch(ahead + t * dim + d);
   vf acc[T][P] = {};
   int64_t d = 0;
   for (; d + W <= dim; d += W) {
@@ -40,14 +48,14 @@ ATTNSPAN_INLINE void score_tokens(const float* query, int64_t dim, const C* key,
 
 // acc[g, d0 : d0 + N*W] += p[t, g] * value[t, d0 : d0 + N*W] over all tokens.
 template <class C, int G, int N, int P>
-ATTNSPAN_INLINE void add_values(const float* p, int64_t tokens, const C* value, const C* ahead, int64_t dim, int64_t d0,
-                                float* acc) {
+ATTNSPAN_INLINE void add_values(const float* p, int64_t tokens, const C* value, int64_t ahead, int64_t dim, int64_t d0, float* acc) {
   vf a[G][N];
   for (int g = 0; g < G; ++g)
     for (int i = 0; i < N; ++i) a[g][i] = load(acc + g * dim + d0 + i * W);
+  const C* next = value + ahead + d0 * tokens;  // this pass's share, so that all passes together walk the block in order
   for (int64_t t = 0; t < tokens; ++t) {
     const C* row = value + t * dim + d0;
-    __builtin_prefetch(ahead + t * dim + d0);
+    __builtin_prefetch(next + t * N * W);
     vf v[N];
     for (int i = 0; i < N; ++i) v[i] = load(row + i * W);
     for (int g = 0; g < G; ++g) {
@@ -107,16 +115,19 @@ ATTNSPAN_INLINE void softmax_block(float* s, int64_t tokens, float softcap, int6
 }
 
 template <class C, int G>
-ATTNSPAN_INLINE void decode_block(const float* query, int64_t dim, const C* key, const C* value, const C* next_key,
-                                  int64_t tokens, float softcap, float* max_, float* sum_, float* acc) {
+ATTNSPAN_INLINE void decode_block(const float* query, int64_t dim, const C* key, const C* value, int64_t ahead, int64_t tokens,
+                                  float softcap, float* max_, float* sum_, float* acc) {
   constexpr int P = G == 3 ? 4 : G;             // lanes a token takes in the score block
   constexpr int T = kAccumulators / P;      // tokens that share a load of q
   constexpr int N = kRegisters / 2 / P;     // vectors of V that share a load of p
   constexpr int one = P == 4 ? 1 : 4 / P;   // smallest step whose scores come out in fours
   alignas(64) float s[kBlock * 4 + W + 16];
   int64_t t = 0;
-  for (; t + T <= tokens; t += T) score_tokens<C, G, T, P>(query, dim, key + t * dim, value + t * dim, s + t * P);
-  for (; t + one <= tokens; t += one) score_tokens<C, G, one, P>(query, dim, key + t * dim, value + t * dim, s + t * P);
+  for (; t + T <= tokens; t += T) {
+    fetch(key + t * dim + ahead, T * dim);
+    score_tokens<C, G, T, P>(query, dim, key + t * dim, s + t * P);
+  }
+  for (; t + one <= tokens; t += one) score_tokens<C, G, one, P>(query, dim, key + t * dim, s + t * P);
   for (; t < tokens; ++t)
     for (int g = 0; g < G; ++g) {
       float dot = 0.f;
@@ -125,8 +136,8 @@ ATTNSPAN_INLINE void decode_block(const float* query, int64_t dim, const C* key,
     }
   softmax_block<G, P>(s, tokens, softcap, dim, max_, sum_, acc);
   int64_t d = 0;
-  for (; d + N * W <= dim; d += N * W) add_values<C, G, N, P>(s, tokens, value, next_key, dim, d, acc);
-  for (; d + W <= dim; d += W) add_values<C, G, 1, P>(s, tokens, value, next_key, dim, d, acc);
+  for (; d + N * W <= dim; d += N * W) add_values<C, G, N, P>(s, tokens, value, ahead, dim, d, acc);
+  for (; d + W <= dim; d += W) add_values<C, G, 1, P>(s, tokens, value, ahead, dim, d, acc);
   for (; d < dim; ++d)
     for (int g = 0; g < G; ++g)
       for (t = 0; t < tokens; ++t) acc[g * dim + d] += s[t * P + g] * to_float(value[t * dim + d]);
@@ -136,22 +147,25 @@ template <class C>
 void decode_run(const attnspan::DecodeRun& run, const attnspan::SoftmaxState& state) {
   const int64_t dim = run.head_dim;
   const C *key = static_cast<const C*>(run.key), *value = static_cast<const C*>(run.value);
+  const int64_t start = (run.tokens < kBlock ? run.tokens : kBlock) * dim;
+  fetch(key, start);
+  fetch(value, start);
   for (int64_t first = 0; first < run.tokens; first += kBlock) {
     const int64_t rest = run.tokens - first, tokens = rest < kBlock ? rest : kBlock;
-    const C* next = key + (rest > kBlock ? first + kBlock : first) * dim;
+    const int64_t ahead = rest > kBlock ? kBlock * dim : 0;  // nothing behind the run is fetched: it is another task's
     for (int64_t row = 0; row < run.rows;) {
       const int64_t left = run.rows - row;
       const float* query = run.query + row * dim;
       const C *k = key + first * dim, *v = value + first * dim;
       float *m = state.max + row, *l = state.sum + row, *acc = state.acc + row * dim;
       if (left >= 4) {
-        decode_block<C, 4>(query, dim, k, v, next, tokens, run.softcap, m, l, acc), row += 4;
+        decode_block<C, 4>(query, dim, k, v, ahead, tokens, run.softcap, m, l, acc), row += 4;
       } else if (left == 3) {
-        decode_block<C, 3>(query, dim, k, v, next, tokens, run.softcap, m, l, acc), row += 3;
+        decode_block<C, 3>(query, dim, k, v, ahead, tokens, run.softcap, m, l, acc), row += 3;
       } else if (left == 2) {
-        decode_block<C, 2>(query, dim, k, v, next, tokens, run.softcap, m, l, acc), row += 2;
+        decode_block<C, 2>(query, dim, k, v, ahead, tokens, run.softcap, m, l, acc), row += 2;
       } else {
-        decode_block<C, 1>(query, dim, k, v, next, tokens, run.softcap, m, l, acc), row += 1;
+        decode_block<C, 1>(query, dim, k, v, ahead, tokens, run.softcap, m, l, acc), row += 1;
       }
     }
   }

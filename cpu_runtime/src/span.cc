@@ -97,8 +97,8 @@ struct Plan {
   }
 };
 
-// Tokens of one decode task: 256 KiB of K and V in bf16 at head_dim 128. Long enough to stream, short enough to balance.
-constexpr int64_t kDecodeChunk = 512;
+// Tokens of one decode task: 512 KiB of K and V in bf16 at head_dim 128. Long enough to stream, short enough to balance.
+constexpr int64_t kDecodeChunk = 1024;
 
 // A decode step writes its token first: the slot it takes belonged to a token that has just left the window.
 void decode(const Plan& plan, const Parallel& parallel) {
