@@ -30,6 +30,7 @@ class Row:
     p99_diff: float  # 99 positions of 100 are below
     mean_diff: float  # over all logits
     max_logit: float  # largest magnitude in the reference
+    exact_tokens: int  # generated tokens that are the reference's choice
     same_tokens: int  # generated tokens that are the reference's choice, or within p99 tolerance of it
     wrapped: int  # rings that were overwritten, over all layers and KV heads
 

@@ -24,15 +24,15 @@ MAX_LOGITS = 2**25  # kept of one row, to be compared: 128 MiB in fp32
 POSITIONS = 128  # compared at a time
 
 
-def compare(artefact: Artefact, model: Path, tokens: int) -> list[Row]:
+def compare(artefact: Artefact, model: Path, tokens: int, generated: int = GENERATED) -> list[Row]:
     """Compare on a ragged batch of three rows of text, the longest `tokens` long."""
     plan = artefact.plan
-    longest = min(tokens, plan.n_max - GENERATED)
+    longest = min(tokens, plan.n_max - generated)
     lengths = [longest, max(longest // 3, 1), min(7, longest)]
     tokens_of_text = _text_tokens(artefact, longest)
     prompts = [tokens_of_text[-n:] for n in lengths]
     with tqdm(total=2 * sum(lengths), unit=" tokens", desc="verify", delay=2, leave=False, disable=None) as bar:
-        logits, chosen = _run(artefact, prompts, bar)
+        logits, chosen = _run(artefact, prompts, generated, bar)
         reference = TorchReference(model, artefact.layers, artefact.cache_dtype, artefact.sink)
         rows = []
         for prompt, new, got in zip(prompts, chosen, logits, strict=True):
@@ -52,16 +52,16 @@ def _text_tokens(artefact: Artefact, count: int) -> list[int]:
     return (ids * (count // len(ids) + 1))[:count]
 
 
-def _run(artefact: Artefact, prompts: list[list[int]], bar: tqdm) -> tuple[list[np.ndarray], list[list[int]]]:
+def _run(artefact: Artefact, prompts: list[list[int]], generated: int, bar: tqdm) -> tuple[list[np.ndarray], list[list[int]]]:
     """Prefill each row, decode all together; logits [kept + generated, vocab] and generated tokens of each row."""
     session = Session(artefact, batch=len(prompts), use_library=artefact.library is not None)
     room = [min(len(prompt), MAX_LOGITS // artefact.vocab_size) for prompt in prompts]
-    logits = [np.empty((keep + GENERATED, artefact.vocab_size), np.float32) for keep in room]
+    logits = [np.empty((keep + generated, artefact.vocab_size), np.float32) for keep in room]
     for row, (prompt, keep) in enumerate(zip(prompts, room, strict=True)):
         logits[row][:keep] = session.prefill(row, prompt, keep)
         bar.update(len(prompt))
     chosen: list[list[int]] = [[] for _ in prompts]
-    for step in range(GENERATED):
+    for step in range(generated):
         for new, keep, row_logits in zip(chosen, room, logits, strict=True):
             new.append(int(row_logits[keep + step - 1].argmax()))
         for row, last in enumerate(session.decode([new[-1] for new in chosen])):
@@ -98,6 +98,7 @@ def _row(
         p99_diff=float(np.quantile(largest, 0.99)),
         mean_diff=total / got.size,
         max_logit=top,
+        exact_tokens=int((below <= 0).sum()),
         same_tokens=int((below <= TOLERANCE[artefact.cache_dtype].p99 * top).sum()),
         wrapped=int((artefact.plan.capacities() < prompt + len(new)).sum()),
     )

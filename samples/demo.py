@@ -75,29 +75,23 @@ def main() -> None:
     attnspan("export", model, dense, "--density", 1, "--n-max", 8192, "--overwrite", "--no-verify")
     prompt = folder / "prompt.txt"
     prompt.write_text(TEXT.read_text(encoding="utf-8") + QUESTION, encoding="utf-8")
-    answers = {
-        name: json.loads(
-            attnspan("run", artefact, "--prompt-file", prompt, "--max-new-tokens", 64, "--json", capture=True).splitlines()[-1]
-        )
-        for name, artefact in (("dense", dense), ("sparse", sparse))
-    }
+    command = ("run", sparse, "--prompt-file", prompt, "--max-new-tokens", 64, "--json")
+    answer = json.loads(attnspan(*command, capture=True).splitlines()[-1])
     figures = folder / "bench.json"
     attnspan("bench", "generate", dense, sparse, "--prompt-tokens", 6000, "--new-tokens", 48, "--repeat", 1, "--json", figures)
     bench = dict(zip(("dense", "sparse"), json.loads(figures.read_text())["results"], strict=True))
 
-    print(f"\n{'':34}{'dense':>14}{'sparse':>14}")
+    print(f"\n{'':34}{'dense':>12}{'sparse':>12}")
     rows = [
-        ("KV cache for 8192 tokens, MB", lambda n: f"{answers[n]['kv_bytes'] / 1e6:.1f}"),
-        (f"first token after {answers['sparse']['prompt_tokens']} tokens, s", lambda n: f"{answers[n]['ttft_seconds']:.2f}"),
-        ("tokens/s", lambda n: f"{answers[n]['tokens_per_second']:.1f}"),
-        ("first token after 6000 tokens, s", lambda n: f"{bench[n]['ttft_seconds']:.2f}"),
-        ("tokens/s", lambda n: f"{bench[n]['tokens_per_second']:.1f}"),
-        ("peak memory, MB", lambda n: f"{bench[n]['peak_rss_bytes'] / 1e6:.0f}"),
+        ("KV cache for 8192 tokens, MB", lambda r: f"{r['kv_bytes'] / 1e6:.1f}"),
+        ("first token after 6000 tokens, s", lambda r: f"{r['ttft_seconds']:.2f}"),
+        ("tokens/s at 6000 tokens", lambda r: f"{r['tokens_per_second']:.1f}"),
+        ("peak memory, MB", lambda r: f"{r['peak_rss_bytes'] / 1e6:.0f}"),
     ]
     for label, value in rows:
-        print(f"{label:34}{value('dense'):>14}{value('sparse'):>14}")
-    for name, answer in answers.items():
-        print(f"\n{name}: {answer['text'].strip()}")
+        print(f"{label:34}{value(bench['dense']):>12}{value(bench['sparse']):>12}")
+    print(f"\nanswer to a prompt of {answer['prompt_tokens']} tokens, the first after {answer['ttft_seconds']:.1f} s, "
+          f"then {answer['tokens_per_second']:.0f} tokens/s:\n{answer['text'].strip()}")  # fmt: skip
     print(f"\nheat map of the spans: {plan.with_suffix('.png')}")
     print(f"done in {time.monotonic() - start:.0f} s; try: attnspan run {sparse} --chat")
 

@@ -94,7 +94,7 @@ def test_another_model_is_noticed(exported: Path, tmp_path: Path) -> None:
 
 def test_check() -> None:
     tolerance = TOLERANCE["float32"]
-    good = Row(10, 16, 26, 1e-2, 9e-5 * 8, 9e-6 * 8, 8.0, 15, 0)
+    good = Row(10, 16, 26, 1e-2, 9e-5 * 8, 9e-6 * 8, 8.0, 14, 15, 0)
     check(good, tolerance)
     for bad in ({"p99_diff": 1.1e-4 * 8}, {"mean_diff": 1.1e-5 * 8}, {"mean_diff": float("nan")}, {"same_tokens": 14}):
         with pytest.raises(VerificationError):

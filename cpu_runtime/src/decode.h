@@ -13,6 +13,9 @@ namespace {
 constexpr int kBlock = 24;  // tokens; two blocks of K and V, this one and the next, fit in the L1 cache
 constexpr int kAccumulators = kRegisters == 32 ? 16 : 12;  // leaves registers for K or V, and for q or p
 
+// Lanes that `heads` heads take in a block of scores.
+constexpr int lanes_of(int heads) { return heads == 3 ? 4 : heads; }
+
 template <class C>
 constexpr int64_t kLine = 64 / int64_t(sizeof(C));  // elements of a cache line
 
@@ -67,13 +70,18 @@ ATTNSPAN_INLINE void add_values(const float* p, int64_t tokens, const C* value, 
     for (int i = 0; i < N; ++i) store(acc + g * dim + d0 + i * W, a[g][i]);
 }
 
-// Online softmax of one block: s becomes exp(s - max), and the running maximum, sum and accumulator are rescaled.
+// Running maximum and sum of up to four heads. Lane i belongs to head i mod P; the maximum is the same in all lanes of a head, the
+// sum is spread over them until the run ends.
+struct Running {
+  vf max, sum;
+};
+
+// Online softmax of one block: s becomes exp(s - max); the sum and the accumulators shrink when the maximum rises.
 template <int G, int P>
-ATTNSPAN_INLINE void softmax_block(float* s, int64_t tokens, float softcap, int64_t dim, float* max_, float* sum_, float* acc) {
-  const int64_t n = tokens * P;
-  int64_t padded = (n + W - 1) / W * W;
+ATTNSPAN_INLINE void softmax_block(float* s, int64_t tokens, float softcap, int64_t dim, Running& running, float* acc) {
+  const int64_t n = tokens * P, padded = (n + W - 1) / W * W;
   for (int64_t i = n; i < padded; ++i) s[i] = -INFINITY;
-  vf top = splat(-INFINITY);
+  vf top = running.max;
   for (int64_t i = 0; i < padded; i += W) {
     vf v = load(s + i);
     if (softcap != 0.f) {
@@ -83,41 +91,26 @@ ATTNSPAN_INLINE void softmax_block(float* s, int64_t tokens, float softcap, int6
     }
     top = max(top, v);
   }
-  float lanes[W], peak[P], factor[P];
-  store(lanes, top);
-  for (int g = 0; g < P; ++g) {
-    peak[g] = g < G ? max_[g] : 0.f;
-    for (int i = g; i < W; i += P) peak[g] = lanes[i] > peak[g] ? lanes[i] : peak[g];
+  top = max_modulo<P>(top);
+  if (any_above(top, running.max)) {
+    const vf factor = exp(running.max - top);
+    running = {top, running.sum * factor};
+    float each[W];
+    store(each, factor);
+    for (int g = 0; g < G; ++g)
+      for (int64_t d = 0; d < dim; ++d) acc[g * dim + d] *= each[g];
   }
-  for (int i = 0; i < W; ++i) lanes[i] = peak[i % P];
-  const vf shift = load(lanes);
-  vf total = {};
   for (int64_t i = 0; i < padded; i += W) {
-    const vf e = exp(load(s + i) - shift);
+    const vf e = exp(load(s + i) - top);
     store(s + i, e);
-    total += e;
-  }
-  for (int g = 0; g < G; ++g) lanes[g] = max_[g] - peak[g];
-  for (int g = G; g < W; ++g) lanes[g] = 0.f;
-  float scale[W];
-  store(scale, exp(load(lanes)));
-  store(lanes, total);
-  for (int g = 0; g < G; ++g) {
-    factor[g] = scale[g];
-    float block = 0.f;
-    for (int i = g; i < W; i += P) block += lanes[i];
-    sum_[g] = sum_[g] * factor[g] + block;
-    if (max_[g] != peak[g]) {
-      max_[g] = peak[g];
-      for (int64_t d = 0; d < dim; ++d) acc[g * dim + d] *= factor[g];
-    }
+    running.sum += e;
   }
 }
 
 template <class C, int G>
 ATTNSPAN_INLINE void decode_block(const float* query, int64_t dim, const C* key, const C* value, int64_t ahead, int64_t tokens,
-                                  float softcap, float* max_, float* sum_, float* acc) {
-  constexpr int P = G == 3 ? 4 : G;             // lanes a token takes in the score block
+                                  float softcap, Running& running, float* acc) {
+  constexpr int P = lanes_of(G);             // lanes a token takes in the score block
   constexpr int T = kAccumulators / P;      // tokens that share a load of q
   constexpr int N = kRegisters / 2 / P;     // vectors of V that share a load of p
   constexpr int one = P == 4 ? 1 : 4 / P;   // smallest step whose scores come out in fours
@@ -134,13 +127,30 @@ ATTNSPAN_INLINE void decode_block(const float* query, int64_t dim, const C* key,
       for (int64_t d = 0; d < dim; ++d) dot += query[g * dim + d] * to_float(key[t * dim + d]);
       s[t * P + g] = dot;
     }
-  softmax_block<G, P>(s, tokens, softcap, dim, max_, sum_, acc);
+  softmax_block<G, P>(s, tokens, softcap, dim, running, acc);
   int64_t d = 0;
   for (; d + N * W <= dim; d += N * W) add_values<C, G, N, P>(s, tokens, value, ahead, dim, d, acc);
   for (; d + W <= dim; d += W) add_values<C, G, 1, P>(s, tokens, value, ahead, dim, d, acc);
   for (; d < dim; ++d)
     for (int g = 0; g < G; ++g)
       for (t = 0; t < tokens; ++t) acc[g * dim + d] += s[t * P + g] * to_float(value[t * dim + d]);
+}
+
+// Enters or leaves the lanes of a run: `max` and `sum` hold one number for each head.
+ATTNSPAN_INLINE Running enter(const float* max, const float* sum, int heads) {
+  float m[W], l[W];
+  for (int i = 0; i < W; ++i) {
+    const int g = i % lanes_of(heads);
+    m[i] = g < heads ? max[g] : 0.f;
+    l[i] = i < heads ? sum[i] : 0.f;
+  }
+  return {load(m), load(l)};
+}
+ATTNSPAN_INLINE void leave(const Running& running, float* max, float* sum, int heads) {
+  float m[W], l[W];
+  store(m, running.max);
+  store(l, heads == 1 ? sum_modulo<1>(running.sum) : heads == 2 ? sum_modulo<2>(running.sum) : sum_modulo<4>(running.sum));
+  for (int g = 0; g < heads; ++g) max[g] = m[g], sum[g] = l[g];
 }
 
 template <class C>
@@ -150,24 +160,31 @@ void decode_run(const attnspan::DecodeRun& run, const attnspan::SoftmaxState& st
   const int64_t start = (run.tokens < kBlock ? run.tokens : kBlock) * dim;
   fetch(key, start);
   fetch(value, start);
-  for (int64_t first = 0; first < run.tokens; first += kBlock) {
-    const int64_t rest = run.tokens - first, tokens = rest < kBlock ? rest : kBlock;
-    const int64_t ahead = rest > kBlock ? kBlock * dim : 0;  // nothing behind the run is fetched: it is another task's
-    for (int64_t row = 0; row < run.rows;) {
-      const int64_t left = run.rows - row;
-      const float* query = run.query + row * dim;
+  // Groups of four rows share a walk over the keys: 64 rows at most, beyond which the keys are read again.
+  constexpr int64_t kGroups = 16;
+  for (int64_t base = 0; base < run.rows; base += 4 * kGroups) {
+    const int64_t rows = run.rows - base < 4 * kGroups ? run.rows - base : 4 * kGroups;
+    Running running[kGroups];
+    for (int64_t row = 0; row < rows; row += 4)
+      running[row / 4] = enter(state.max + base + row, state.sum + base + row, int(rows - row < 4 ? rows - row : 4));
+    for (int64_t first = 0; first < run.tokens; first += kBlock) {
+      const int64_t rest = run.tokens - first, tokens = rest < kBlock ? rest : kBlock;
+      const int64_t ahead = rest > kBlock ? kBlock * dim : 0;  // nothing behind the run is fetched: it is another task's
       const C *k = key + first * dim, *v = value + first * dim;
-      float *m = state.max + row, *l = state.sum + row, *acc = state.acc + row * dim;
-      if (left >= 4) {
-        decode_block<C, 4>(query, dim, k, v, ahead, tokens, run.softcap, m, l, acc), row += 4;
-      } else if (left == 3) {
-        decode_block<C, 3>(query, dim, k, v, ahead, tokens, run.softcap, m, l, acc), row += 3;
-      } else if (left == 2) {
-        decode_block<C, 2>(query, dim, k, v, ahead, tokens, run.softcap, m, l, acc), row += 2;
-      } else {
-        decode_block<C, 1>(query, dim, k, v, ahead, tokens, run.softcap, m, l, acc), row += 1;
+      for (int64_t row = 0; row < rows; row += 4) {
+        const float* query = run.query + (base + row) * dim;
+        float* acc = state.acc + (base + row) * dim;
+        Running& r = running[row / 4];
+        switch (rows - row) {
+          case 1: decode_block<C, 1>(query, dim, k, v, ahead, tokens, run.softcap, r, acc); break;
+          case 2: decode_block<C, 2>(query, dim, k, v, ahead, tokens, run.softcap, r, acc); break;
+          case 3: decode_block<C, 3>(query, dim, k, v, ahead, tokens, run.softcap, r, acc); break;
+          default: decode_block<C, 4>(query, dim, k, v, ahead, tokens, run.softcap, r, acc); break;
+        }
       }
     }
+    for (int64_t row = 0; row < rows; row += 4)
+      leave(running[row / 4], state.max + base + row, state.sum + base + row, int(rows - row < 4 ? rows - row : 4));
   }
 }
 

@@ -125,6 +125,50 @@ ATTNSPAN_INLINE void sum_lanes4(vf a, vf b, vf c, vf d, float* out) {
 #endif
 }
 
+// Lane i becomes lane i xor S.
+template <int S>
+ATTNSPAN_INLINE vf swap_lanes(vf v) {
+#if defined(__clang__)
+  float in[W], out[W];
+  store(in, v);
+  for (int i = 0; i < W; ++i) out[i] = in[i ^ S];
+  return load(out);
+#else
+  vi to;
+  for (int i = 0; i < W; ++i) to[i] = i ^ S;
+  return __builtin_shuffle(v, to);
+#endif
+}
+
+// Largest of the lanes that are equal modulo P, and their sum, in all of them.
+template <int P>
+ATTNSPAN_INLINE vf max_modulo(vf v) {
+  if constexpr (P < W) {
+    return max_modulo<2 * P>(max(v, swap_lanes<P>(v)));
+  } else {
+    return v;
+  }
+}
+template <int P>
+ATTNSPAN_INLINE vf sum_modulo(vf v) {
+  if constexpr (P < W) {
+    return sum_modulo<2 * P>(v + swap_lanes<P>(v));
+  } else {
+    return v;
+  }
+}
+
+ATTNSPAN_INLINE bool any_above(vf a, vf b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)(a > b)) != 0;
+#else
+  const vi above = a > b;
+  return above[0] | above[1] | above[2] | above[3];
+#endif
+}
+
 // exp(x) for x <= 88, about 1 ulp; results below 2^-126 become 0, exp(-inf) = 0.
 ATTNSPAN_INLINE vf exp(vf x) {
   const vf low = splat(-87.33654f);

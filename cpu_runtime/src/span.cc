@@ -97,8 +97,9 @@ struct Plan {
   }
 };
 
-// Tokens of one decode task: 512 KiB of K and V in bf16 at head_dim 128. Long enough to stream, short enough to balance.
-constexpr int64_t kDecodeChunk = 1024;
+// Tokens of one decode task: long enough to stream (512 KiB of K and V in bf16 at head_dim 128), short enough to balance; longer
+// where there are many tasks, as each costs a start and a partial state.
+constexpr int64_t kShortChunk = 1024, kLongChunk = 4096, kManyTasks = 256;
 
 // A decode step writes its token first: the slot it takes belonged to a token that has just left the window.
 void decode(const Plan& plan, const Parallel& parallel) {
@@ -110,12 +111,14 @@ void decode(const Plan& plan, const Parallel& parallel) {
   };
   std::vector<Pair> pair(pairs);
   std::vector<int32_t> owner;
-  int64_t tasks = 0;
+  int64_t tasks = 0, all_kept = 0;
+  for (int64_t i = 0; i < pairs; ++i) all_kept += std::min<int64_t>(call.span[i], call.length[i / config.kv_heads] + 1);
+  const int64_t chunk = std::clamp(all_kept / kManyTasks, kShortChunk, kLongChunk);
   for (int64_t i = 0; i < pairs; ++i) {
     const int64_t position = call.length[i / config.kv_heads];
     const int64_t sinks = std::min(sink, position + 1);
     const int64_t window = std::min<int64_t>(call.span[i] - sink, position + 1 - sinks);
-    const int64_t count = (sinks + window + kDecodeChunk - 1) / kDecodeChunk;
+    const int64_t count = (sinks + window + chunk - 1) / chunk;
     pair[i] = {tasks, count, sinks, window, position};
     owner.insert(owner.end(), count, int32_t(i));
     tasks += count;
@@ -145,9 +148,9 @@ void decode(const Plan& plan, const Parallel& parallel) {
     std::fill_n(state.acc, group * dim, 0.f);
     const char *key = plan.ring(call.past_key, b, h), *value = plan.ring(call.past_value, b, h);
     const int64_t capacity = config.capacity[h], kept = p.sinks + p.window;
-    const int64_t end = std::min(kept, (task - p.first_task + 1) * kDecodeChunk);
+    const int64_t end = std::min(kept, (task - p.first_task + 1) * chunk);
     // The kept tokens in order of position: sinks, then the window, which is up to two contiguous runs of slots.
-    for (int64_t k = (task - p.first_task) * kDecodeChunk; k < end;) {
+    for (int64_t k = (task - p.first_task) * chunk; k < end;) {
       int64_t slot, run;
       if (k < p.sinks) {
         slot = k, run = p.sinks - k;
