@@ -46,7 +46,7 @@ def _text_tokens(artefact: Artefact, count: int) -> list[int]:
     """English prose that every Python carries, as tokens. On random tokens models are erratic: the same rounding errors move
     single logits 30 times as far. They serve where there is no tokenizer."""
     if not (artefact.folder / "tokenizer.json").is_file():
-        return np.random.default_rng(0).integers(0, artefact.vocab_size, count).tolist()
+        return [int(token) for token in np.random.default_rng(0).integers(0, artefact.vocab_size, count)]
     text = "\n".join(topics[name] for name in sorted(topics))
     ids = Tokenizer(artefact.folder).encode(text[: 16 * count])
     return (ids * (count // len(ids) + 1))[:count]

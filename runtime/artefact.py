@@ -59,19 +59,13 @@ class Artefact:
         file = folder / "attnspan.json"
         if not folder.is_dir():
             what = "is a file, not a folder" if folder.exists() else "does not exist"
-            raise UserError(
-                f"{folder} {what}: give an artefact folder, as made by: attnspan export MODEL {folder}"
-            )
+            raise UserError(f"{folder} {what}: give an artefact folder, as made by: attnspan export MODEL {folder}")
         if not file.is_file():
-            raise UserError(
-                f"{folder} is not an artefact: it has no attnspan.json; make one with attnspan export"
-            )
+            raise UserError(f"{folder} is not an artefact: it has no attnspan.json; make one with attnspan export")
         info = read_json(file)
         schema = info.get("schema")
         if schema != SCHEMA or isinstance(schema, bool):
-            raise UserError(
-                f"{file}: schema is {schema!r}, this version of attnspan reads {SCHEMA}; export it again"
-            )
+            raise UserError(f"{file}: schema is {schema!r}, this version of attnspan reads {SCHEMA}; export it again")
         counts = {name: check_int(f"{file}: {name}", info.get(name), 1, 2**31 - 1) for name in _COUNTS}
         sink = check_int(f"{file}: sink", info.get("sink"), 0, counts["n_max"])
         for name in ("target", "dtype", "cache_dtype"):
@@ -79,9 +73,7 @@ class Artefact:
                 raise UserError(f"{file}: {name} is {info.get(name)!r}: must be a string; {_AGAIN}")
         if info["cache_dtype"] not in CACHE_BYTES:
             allowed = ", ".join(CACHE_BYTES)
-            raise UserError(
-                f"{file}: cache_dtype is {info['cache_dtype']!r}: must be one of {allowed}; {_AGAIN}"
-            )
+            raise UserError(f"{file}: cache_dtype is {info['cache_dtype']!r}: must be one of {allowed}; {_AGAIN}")
         _check_files(folder, info)
         plan = Plan.load(folder / "plan.json")
         capacity = info.get("capacity")
@@ -166,11 +158,7 @@ def _check_files(folder: Path, info: Mapping[str, Any]) -> None:
     if not isinstance(files, dict) or not {"model.onnx", "plan.json"} <= set(files):
         raise UserError(f"{folder / 'attnspan.json'} does not list model.onnx and plan.json; {_AGAIN}")
     for name, entry in files.items():
-        good = (
-            isinstance(entry, dict)
-            and isinstance(entry.get("bytes"), int)
-            and isinstance(entry.get("sha256"), str)
-        )
+        good = isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
         if not good or Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{folder / 'attnspan.json'}: the entry of file {name!r} is damaged; {_AGAIN}")
         if name == info.get("op_library") and not (folder / name).exists():
@@ -180,9 +168,7 @@ def _check_files(folder: Path, info: Mapping[str, Any]) -> None:
         except OSError:
             raise UserError(f"{folder} lacks {name}, which attnspan.json lists; {_AGAIN}") from None
         if size != entry["bytes"]:
-            raise UserError(
-                f"{folder / name} has {size} bytes, attnspan.json says {entry['bytes']}; {_AGAIN}"
-            )
+            raise UserError(f"{folder / name} has {size} bytes, attnspan.json says {entry['bytes']}; {_AGAIN}")
         if size < HASH_AT_LOAD:
             _check_hash(folder / name, entry)
 
@@ -195,6 +181,5 @@ def _check_hash(file: Path, entry: Mapping[str, Any]) -> None:
         raise UserError(f"cannot read {file}: {error.strerror}; {_AGAIN}") from None
     if digest != entry["sha256"]:
         raise UserError(
-            f"{file} was changed or damaged: SHA-256 is {digest[:12]}..., "
-            f"attnspan.json says {entry['sha256'][:12]}...; {_AGAIN}"
+            f"{file} was changed or damaged: SHA-256 is {digest[:12]}..., attnspan.json says {entry['sha256'][:12]}...; {_AGAIN}"
         )

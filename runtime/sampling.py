@@ -66,9 +66,7 @@ class Sampler:
             logits = np.where(self._seen, scaled, logits)
         best = int(np.argmax(logits))
         if not np.isfinite(logits[best]):
-            raise RuntimeError(
-                f"the model produced no usable logits (largest is {logits[best]}): not a number"
-            )
+            raise RuntimeError(f"the model produced no usable logits (largest is {logits[best]}): not a number")
         if self._how.temperature == 0.0:
             return best
         with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to weight 0

@@ -29,9 +29,7 @@ class SequenceState:
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.pending: list[int | None] = [None] * batch
         self.text: list[str | None] = [None] * batch
-        rules = np.array(
-            [[(rule.alpha, rule.beta) for rule in layer] for layer in plan.rules], dtype=np.float64
-        )
+        rules = np.array([[(rule.alpha, rule.beta) for rule in layer] for layer in plan.rules], dtype=np.float64)
         self._alpha, self._beta = rules[:, None, :, 0], rules[:, None, :, 1]
         self._idle = plan.sink + 1
 

@@ -25,9 +25,7 @@ class Tokenizer:
         self._folder = Path(folder)
         file = self._folder / "tokenizer.json"
         if not file.is_file():
-            raise UserError(
-                f"{self._folder} has no tokenizer.json: give token ids, or export a model that has one"
-            )
+            raise UserError(f"{self._folder} has no tokenizer.json: give token ids, or export a model that has one")
         try:
             self._backend = Backend.from_file(str(file))
         except Exception as error:  # tokenizers raises bare Exception
@@ -84,9 +82,7 @@ class Tokenizer:
             for name, value in self._settings.items()
             if name in ("bos_token", "eos_token", "unk_token", "pad_token") and value is not None
         }
-        return render(
-            self._template_source, messages, special | {"add_generation_prompt": add_generation_prompt}
-        )
+        return render(self._template_source, messages, special | {"add_generation_prompt": add_generation_prompt})
 
 
 class StreamDecoder:

@@ -147,9 +147,7 @@ def test_n_max_ends_a_generation_without_a_limit() -> None:
         ([[1]], 0, "--max-new-tokens"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_computed(
-    prompts: list, new: int | None, message: str
-) -> None:
+def test_what_cannot_work_is_refused_before_anything_is_computed(prompts: list, new: int | None, message: str) -> None:
     backend = FakeBackend(batch=2, n_max=128)
     with pytest.raises(UserError, match=message):
         generate(backend, prompts, max_new_tokens=new)
@@ -198,7 +196,5 @@ def test_reset_forgets_one_row() -> None:
 
 def test_modules_need_neither_torch_nor_onnxruntime() -> None:
     code = "import sys, attnspan.runtime.text, attnspan.runtime.generate; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "onnxruntime", "onnx", "transformers", "jinja2"} & set(loaded)

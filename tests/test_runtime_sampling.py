@@ -69,9 +69,7 @@ def test_seed_repeats_and_rows_differ() -> None:
     top_p=st.floats(0.01, 1.0),
     min_p=st.floats(0.0, 1.0),
 )
-def test_a_token_outside_the_filters_is_never_drawn(
-    seed: int, vocab: int, top_k: int, top_p: float, min_p: float
-) -> None:
+def test_a_token_outside_the_filters_is_never_drawn(seed: int, vocab: int, top_k: int, top_p: float, min_p: float) -> None:
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=vocab).astype(np.float32)
     sampler = Sampler(Sampling(1.0, top_k, top_p, min_p, seed=seed), vocab)

@@ -97,9 +97,7 @@ def test_a_conversation_computes_only_what_is_new(folder: Path) -> None:
     assert second.text == "yes"
     held = text.tokenizer.decode([*parrot.state.tokens[0], parrot.state.pending[0]], skip_special=False)
     assert held == parrot.state.text[0]
-    assert held == text.tokenizer.render([*messages, {"role": "assistant", "content": "yes"}], False).rstrip(
-        "\n"
-    )
+    assert held == text.tokenizer.render([*messages, {"role": "assistant", "content": "yes"}], False).rstrip("\n")
 
 
 def test_a_reply_cut_by_the_limit_is_closed_by_the_next_turn(folder: Path) -> None:

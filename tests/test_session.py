@@ -196,9 +196,7 @@ def test_what_does_not_fit_is_refused(sparse: Path) -> None:
         session.decode([1])
 
 
-def test_other_targets_libraries_and_versions_are_refused(
-    sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_targets_libraries_and_versions_are_refused(sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import dataclasses
 
     import onnxruntime
