@@ -35,16 +35,16 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="attnspan", description="Language models with attention cut to what each head needs.", allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"attnspan {importlib.metadata.version('attnspan')}")
     verbs: Any = top.add_subparsers(dest="verb", metavar="VERB", required=True)
-    planner.register(verbs, _read_shape)
+    planner.register(verbs, _read_model)
     export.register(verbs)
     cpu_runtime.register(verbs)
     return top
 
 
-def _read_shape(model: str) -> ModelShape:
-    from attnspan.export.source import read_shape
+def _read_model(model: str) -> tuple[ModelShape, int | None]:
+    from attnspan.export.source import read_model
 
-    return read_shape(model)
+    return read_model(model)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -87,12 +87,17 @@ def open_source(model: str) -> Source:
     raise UserError(f"{path} holds {found}; MODEL must be a Hugging Face folder, a .gguf file or a hub id")
 
 
-def read_shape(model: str) -> ModelShape:
-    """The attention shape of MODEL; a config.json, or a folder with nothing else, is enough."""
+def read_model(model: str) -> tuple[ModelShape, int | None]:
+    """Attention shape of MODEL, and the longest text it was made for in tokens; a config.json alone is enough."""
     path = Path(model)
     if path.name.endswith(".json") or (path / "config.json").is_file():
-        return ModelShape.from_config(path)
-    return open_source(model).shape
+        config = read_json(path if path.is_file() else path / "config.json")
+        shape = ModelShape.from_config(path)
+    else:
+        source = open_source(model)
+        config, shape = source.config, source.shape
+    limit = config.get("max_position_embeddings")
+    return shape, limit if isinstance(limit, int) else None
 
 
 def _open_gguf(path: Path) -> Source:

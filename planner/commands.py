@@ -18,17 +18,23 @@ Subparsers = argparse._SubParsersAction  # argparse has no public name for it
 N_MAX = 8192
 
 
+def _read_config(model: str) -> tuple[ModelShape, int | None]:
+    return ModelShape.from_config(model), None
+
+
 def register(
-    subparsers: Subparsers[argparse.ArgumentParser], read_shape: Callable[[str], ModelShape] = ModelShape.from_config
+    subparsers: Subparsers[argparse.ArgumentParser],
+    read_model: Callable[[str], tuple[ModelShape, int | None]] = _read_config,
 ) -> None:
     """Add the verbs of the planner to a command line; each sets `run`, a function of the parsed arguments.
 
-    `read_shape` reads what `--model` names; a program that knows more formats than config.json passes its own.
+    `read_model` reads the shape of what `--model` names, and the longest text it was made for in tokens, if known; a program that
+    knows more formats than config.json passes its own.
     """
     plan = subparsers.add_parser("plan", help="make a plan: what every KV head keeps", allow_abbrev=False, description=_PLAN)
     kinds = plan.add_subparsers(dest="kind", metavar="KIND", required=True)
     for parser in (_register_uniform(kinds), _register_import(kinds)):
-        parser.set_defaults(read_shape=read_shape)
+        parser.set_defaults(read_model=read_model)
     _register_inspect(subparsers)
 
 
@@ -79,7 +85,7 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, help="query heads a layer")
     parser.add_argument("--kv-heads", type=int, help="KV heads a layer")
     parser.add_argument("--head-dim", type=int, help="size of a head; without it no bytes are known")
-    parser.add_argument("--n-max", type=int, default=N_MAX, help=f"longest sequence (default {N_MAX})")
+    parser.add_argument("--n-max", type=int, help=f"longest sequence (default {N_MAX}, or what the model was made for if less)")
     parser.add_argument("-o", "--output", type=Path, default=Path("plan.json"), metavar="FILE", help="default plan.json")
 
 
@@ -101,9 +107,15 @@ def _register_inspect(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
 
 
 def _shape_from_model(args: argparse.Namespace) -> ModelShape | None:
+    """The shape of `--model`, None without one; `--n-max` gets its default."""
+    shape: ModelShape
+    limit: int | None = None
+    if args.model is not None:
+        shape, limit = args.read_model(args.model)
+    if args.n_max is None:
+        args.n_max = min(N_MAX, limit or N_MAX)
     if args.model is None:
         return None
-    shape: ModelShape = args.read_shape(args.model)
     for name in ("layers", "heads", "kv_heads", "head_dim"):
         given, real = getattr(args, name, None), getattr(shape, name)
         if given is not None and given != real:

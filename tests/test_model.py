@@ -9,7 +9,7 @@ import pytest
 
 from attnspan.cpu_runtime.library import library_path
 from attnspan.export.pipeline import Options, export_model
-from attnspan.export.source import read_shape
+from attnspan.export.source import read_model
 from attnspan.export.verify_worker import compare
 from attnspan.planner.uniform import uniform
 from attnspan.runtime.artefact import Artefact
@@ -23,7 +23,7 @@ PROMPT = 1300  # the rows have 1300, 433 and 7 tokens; rings of 384, 768 and 115
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("plan") / "plan.json"
-    uniform(read_shape(str(demo_model.gguf())), 0.5, 1600, spread=0.25).save(file)
+    uniform(read_model(str(demo_model.gguf()))[0], 0.5, 1600, spread=0.25).save(file)
     return file
 
 

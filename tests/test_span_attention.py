@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import numpy as np
@@ -277,14 +276,3 @@ def test_int8_needs_scales() -> None:
     del feeds["value_scale"]
     with pytest.raises(Exception, match="value_scale is missing"):
         span_op.session(4, [128, 192], cache=np.int8, drop=("value_scale",)).run(None, feeds)
-
-
-def test_read_memory_reads_all_of_it() -> None:
-    library = ctypes.CDLL(str(span_op.library()))
-    library.attnspan_read_memory.restype = ctypes.c_uint64
-    data = np.zeros(1 << 20, np.uint64)
-    pointer = ctypes.c_void_p(data.ctypes.data)
-    for index in (0, 77_777, data.size - 1):
-        data[:] = 0
-        data[index] = 12345
-        assert library.attnspan_read_memory(pointer, ctypes.c_int64(data.nbytes), 2) != 0

@@ -28,7 +28,9 @@ ATTNSPAN_INLINE void multiply_begin() {
 ATTNSPAN_INLINE void multiply_end() { _tile_release(); }
 
 ATTNSPAN_INLINE void multiply_bf16(const bf16* a, int64_t stride, const bf16* b, int64_t depth, int64_t m, float* c) {
+  static_assert(kPanel == 32, "two tiles wide");
   constexpr int64_t pair_row = kPanel * 4, sum_row = kPanel * 4;  // bytes of a row of b and of c
+  asm volatile("" ::: "memory");  // the tile loads do not tell the compiler that they read memory: have it written by now
   for (int64_t i = 0; i < m;) {
     const bool two = m - i >= 32;
     float *c0 = c + i * kPanel, *c1 = c0 + 16 * kPanel;

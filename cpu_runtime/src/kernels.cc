@@ -83,22 +83,6 @@ void merge_states(const attnspan::SoftmaxState& s, int64_t count, int64_t rows, 
     }
 }
 
-uint64_t read_lines(const void* data, int64_t bytes) {
-  vi sum[4] = {};
-  const char* p = static_cast<const char*>(data);
-  constexpr int64_t step = 4 * sizeof(vi);
-  for (int64_t i = 0; i + step <= bytes; i += step)
-    for (int j = 0; j < 4; ++j) {
-      vi v;
-      std::memcpy(&v, p + i + j * sizeof v, sizeof v);
-      sum[j] ^= v;
-    }
-  const vi all = (sum[0] ^ sum[1]) ^ (sum[2] ^ sum[3]);
-  uint64_t out = 0;
-  for (int i = 0; i < W; ++i) out ^= uint64_t(uint32_t(all[i])) << (i % 2 * 32);
-  return out;
-}
-
 }  // namespace
 
 #define ATTNSPAN_JOIN2(a, b) a##b
@@ -109,5 +93,5 @@ uint64_t read_lines(const void* data, int64_t bytes) {
 namespace attnspan {
 extern const Kernels ATTNSPAN_JOIN(kernels_, ATTNSPAN_ISA);
 const Kernels ATTNSPAN_JOIN(kernels_, ATTNSPAN_ISA) = {ATTNSPAN_TEXT(ATTNSPAN_ISA), load_any, store_any, decode_any, merge_states,
-                                                       prefill_begin_any, prefill_tile_any, prefill_end, read_lines};
+                                                       prefill_begin_any, prefill_tile_any, prefill_end};
 }  // namespace attnspan

@@ -76,8 +76,6 @@ struct Kernels {
   void (*prefill_tile)(DType cache, const PrefillTask& task, const KeyTile& tile, const PrefillScratch& scratch);
   // Writes acc back as [rows, head_dim] into scratch.query, not yet divided by the sum.
   void (*prefill_end)(const PrefillTask& task, const PrefillScratch& scratch);
-  // Reads every cache line once: the yardstick of memory bandwidth.
-  uint64_t (*read)(const void* data, int64_t bytes);
 };
 
 // The fastest table this processor runs, or the one named `wanted` (null or empty: the fastest). Null when there is no such

@@ -4,7 +4,6 @@
 #include <exception>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
 #define ORT_API_MANUAL_INIT
@@ -281,22 +280,4 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* ORT_API_CALL Regist
   } catch (const Ort::Exception& e) {
     return api->CreateStatus(e.GetOrtErrorCode(), e.what());
   }
-}
-
-// Reads `bytes` of memory once with `threads` threads and returns a checksum: the bandwidth yardstick of `attnspan bench`.
-extern "C" __attribute__((visibility("default"))) uint64_t attnspan_read_memory(const void* data, int64_t bytes, int threads) {
-  const attnspan::Kernels& kernels = *attnspan::select_kernels(nullptr, nullptr);
-  std::vector<uint64_t> sums(size_t(threads), 0);
-  std::vector<std::thread> pool;
-  const int64_t part = bytes / threads / 4096 * 4096;
-  const auto read = [&](int i) {
-    const int64_t end = i + 1 == threads ? bytes : part * (i + 1);
-    sums[size_t(i)] = kernels.read(static_cast<const char*>(data) + part * i, end - part * i);
-  };
-  for (int i = 1; i < threads; ++i) pool.emplace_back(read, i);
-  read(0);
-  for (auto& t : pool) t.join();
-  uint64_t all = 0;
-  for (uint64_t s : sums) all ^= s;
-  return all;
 }

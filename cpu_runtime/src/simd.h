@@ -47,7 +47,9 @@ ATTNSPAN_INLINE vf splat(float x) {
 
 // Makes the compiler keep a value in a register: folded into each use as a memory operand, one load would become several.
 ATTNSPAN_INLINE void keep(vf& v) {
-#if defined(__x86_64__)
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
   asm("" : "+x"(v));
 #else
   (void)v;
