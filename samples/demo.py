@@ -78,7 +78,7 @@ def main() -> None:
     command = ("run", sparse, "--prompt-file", prompt, "--max-new-tokens", 64, "--json")
     answer = json.loads(attnspan(*command, capture=True).splitlines()[-1])
     figures = folder / "bench.json"
-    attnspan("bench", "generate", dense, sparse, "--prompt-tokens", 6000, "--new-tokens", 48, "--repeat", 1, "--json", figures)
+    attnspan("bench", "generate", dense, sparse, "--prompt-tokens", 6000, "--new-tokens", 128, "--repeat", 1, "--json", figures)
     bench = dict(zip(("dense", "sparse"), json.loads(figures.read_text())["results"], strict=True))
 
     print(f"\n{'':34}{'dense':>12}{'sparse':>12}")
