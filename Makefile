@@ -30,7 +30,7 @@ test: install
 	$(BIN)/pytest
 
 # mypy does not follow the import hooks of an editable install: show it the packages under their installed names.
-PACKAGES := planner runtime export cpu_runtime
+PACKAGES := planner runtime calibration export cpu_runtime
 lint: install
 	$(BIN)/ruff check .
 	@mkdir -p build/types/attnspan && touch build/types/attnspan/__init__.py

@@ -28,6 +28,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; each verb sets `run`, a function from arguments to exit status."""
+    from attnspan.calibration import commands as calibration
     from attnspan.cpu_runtime import commands as cpu_runtime
     from attnspan.export import commands as export
     from attnspan.planner import commands as planner
@@ -35,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="attnspan", description="Language models with attention cut to what each head needs.", allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"attnspan {importlib.metadata.version('attnspan')}")
     verbs: Any = top.add_subparsers(dest="verb", metavar="VERB", required=True)
-    planner.register(verbs, _read_model)
+    kinds = planner.register(verbs, _read_model)
+    calibration.register(verbs, kinds)
     export.register(verbs)
     cpu_runtime.register(verbs)
     return top
@@ -51,6 +53,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Parse a command line. UserError, with the nearest known word, for one that is not understood."""
     top = parser()
     known = _words(top)
+    # `attnspan plan DIR` is the kind that needs a calibration folder.
+    if argv[:1] == ["plan"] and argv[1:2] and not argv[1].startswith("-") and argv[1] not in known["attnspan plan"]:
+        near = _hint(argv[1], known["attnspan plan"])
+        if near and not os.path.exists(argv[1]):
+            raise UserError(f"{argv[1]!r} is neither a kind of plan nor a calibration folder{near}; see attnspan plan --help")
+        argv = ["plan", "calibrated", *argv[1:]]
     try:
         args, unknown = top.parse_known_args(argv)
     except UserError:

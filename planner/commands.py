@@ -25,17 +25,18 @@ def _read_config(model: str) -> tuple[ModelShape, int | None]:
 def register(
     subparsers: Subparsers[argparse.ArgumentParser],
     read_model: Callable[[str], tuple[ModelShape, int | None]] = _read_config,
-) -> None:
+) -> Subparsers[argparse.ArgumentParser]:
     """Add the verbs of the planner to a command line; each sets `run`, a function of the parsed arguments.
 
     `read_model` reads the shape of what `--model` names, and the longest text it was made for in tokens, if known; a program that
-    knows more formats than config.json passes its own.
+    knows more formats than config.json passes its own. Returns the subparsers of `plan`, for kinds of plans that need a model.
     """
     plan = subparsers.add_parser("plan", help="make a plan: what every KV head keeps", allow_abbrev=False, description=_PLAN)
     kinds = plan.add_subparsers(dest="kind", metavar="KIND", required=True)
     for parser in (_register_uniform(kinds), _register_import(kinds)):
         parser.set_defaults(read_model=read_model)
     _register_inspect(subparsers)
+    return kinds
 
 
 _PLAN = "Make a plan file: one rule per KV head that says how many tokens it keeps at each sequence length."

@@ -17,6 +17,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALLER = {"4096": "64", "32768": "512"}
 
 
+FEWER = {
+    "calibrate": ["--lengths", "2048", "--items", "2", "--held-out", "1"],
+    "eval": ["--lengths", "1024", "--depths", "2", "--n", "1"],
+}
+"""Options added to the README's commands, so that they take seconds."""
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
@@ -54,10 +61,11 @@ def run(words: list[str], folder: Path) -> None:
 
 def test_commands(folder: Path) -> None:
     lines = [shlex.split(line, comments=True) for line in blocks("sh")[1].splitlines()]
-    assert [words[1] for words in lines] == ["plan", "inspect", "export.py", "run", "bench", "bench"]
+    verbs = ["calibrate", "plan", "report", "eval", "inspect", "export.py", "run", "bench", "bench"]
+    assert [words[1] for words in lines] == verbs
     run(["attnspan", "export", "MODEL", "DENSE", "--density", "1", "--no-verify"], folder)
     for words in lines:
-        run([SMALLER.get(word, word) for word in words], folder)
+        run([SMALLER.get(word, word) for word in words] + FEWER.get(words[1], []), folder)
     assert (folder / "plan.png").stat().st_size > 10_000
     for code in blocks("python"):
         done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)

@@ -193,7 +193,8 @@ def test_chunks_do_not_change_the_result() -> None:
         outputs.append(span_op.run(sess, feeds)["output"])
         start += size
     assert start == 500
-    np.testing.assert_allclose(np.concatenate(outputs, 1), want["output"], atol=2e-6)
+    # Matrix units take queries and weights as two bf16 parts, 16 of 24 bits: the tile a row falls into may move the rest.
+    np.testing.assert_allclose(np.concatenate(outputs, 1), want["output"], atol=1e-5)
     np.testing.assert_array_equal(past["past_key"].view(np.uint16), want["present_key"].view(np.uint16))
 
 

@@ -1,0 +1,1 @@
+"""What matters: corpora, influence profiles, validation and evaluation of plans."""
