@@ -30,7 +30,7 @@ from attnspan.calibration.validate import validate
 from attnspan.planner.budget import Budget
 from attnspan.planner.files import write_whole
 from attnspan.planner.grid import fine_grid, rule_grid
-from attnspan.planner.losses import LossTable, monotone
+from attnspan.planner.losses import LossTable
 from attnspan.planner.plan import Plan
 from attnspan.planner.uniform import uniform
 
@@ -64,7 +64,7 @@ def plans(cal: Calibration, model: Any, density: float, rounds: int, ablate: int
     if ablate:
         losses = {p.item: p.loss for p in dense}
         measured = refine.ablate(model, items, curves([dense], DEFAULT), losses, ablate, (1 / 8, 1 / 4, 1 / 2))
-        add(f"{ablate} heads measured", best, LossTable.from_curves(monotone(measured), best.rules))
+        add(f"{ablate} heads measured", best, best.table_of(measured))
     history: list[Any] = [dense]
     if rounds:
         make: Callable[[Any, float], Plan] = lambda past, share: best.balanced(best.table(past), share)  # noqa: E731

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from attnspan.calibration.estimators import Rounds, curves
+from attnspan.calibration.item_profile import Curve
 from attnspan.planner.budget import Budget
 from attnspan.planner.grid import FULL
-from attnspan.planner.losses import LossTable
+from attnspan.planner.losses import LossTable, monotone, stretched
 from attnspan.planner.optimize import solve
 from attnspan.planner.plan import Plan
 from attnspan.planner.problem import Array, Choice, Problem, Rows, take
@@ -29,8 +31,12 @@ class Maker:
     estimator: str
 
     def table(self, history: Rounds) -> LossTable:
-        """Losses of every rule from one round of profiles or several."""
-        return LossTable.from_curves(curves(history, self.estimator), self.rules)
+        """Losses of every rule from one round of profiles or several, at the profiled lengths and, stretched, at n_max."""
+        return self.table_of(curves(history, self.estimator))
+
+    def table_of(self, known: Mapping[int, Curve]) -> LossTable:
+        """Losses of every rule from curves by length."""
+        return LossTable.from_curves(monotone(stretched(known, self.n_max)), self.rules)
 
     def rows(self, share: float = 1.0) -> Rows:
         """The budget's rows; share < 1: that part of the way from what the dense model costs to the bound."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attnspan.calibration.calibrate_command import register_calibrate
+from attnspan.calibration.eval_command import register_eval
 from attnspan.calibration.plan_command import register_plan
 from attnspan.calibration.report_command import register_report
 
@@ -14,3 +15,4 @@ def register(subparsers: Any, kinds: Any) -> None:
     register_calibrate(subparsers)
     register_plan(kinds)
     register_report(subparsers)
+    register_eval(subparsers)

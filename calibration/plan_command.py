@@ -182,10 +182,9 @@ def _candidates(
     if args.ablate:
         losses = {p.item: p.loss for p in dense}
         from attnspan.calibration.estimators import curves
-        from attnspan.planner.losses import LossTable, monotone
 
         measured = refine.ablate(model, items, curves([dense], maker.estimator), losses, args.ablate, (1 / 8, 1 / 4, 1 / 2))
-        plans["ablation"] = maker.balanced(LossTable.from_curves(monotone(measured), maker.rules))
+        plans["ablation"] = maker.balanced(maker.table_of(measured))
     if args.rounds:
 
         def make(history: Any, share: float) -> Plan:
@@ -219,7 +218,8 @@ def _distinct(plans: dict[str, Plan]) -> dict[str, Plan]:
 
 def _write(args: argparse.Namespace, cal: Calibration, maker: Maker, made: tuple[dict[str, Plan], dict[str, Scores]]) -> int:
     plans, scores = made
-    name = min(scores, key=lambda n: scores[n].loss) if scores else list(plans)[-1]
+    # KL sees the whole distribution: with few documents it is less noisy than the loss of the answer tokens.
+    name = min(scores, key=lambda n: scores[n].kl) if scores else list(plans)[-1]
     rows: list[dict[str, Any]] = []
     for n, p in plans.items():
         rows.append({"name": n, "predicted_loss": {str(k): v for k, v in p.predicted_loss.items()}, "gap": p.solver_gap})

@@ -101,8 +101,8 @@ def _calibrated(folder: Path, name: str | None, results: Mapping[str, Any] | Non
     plans = {name: Plan.load(where / f"{name.replace(' ', '-')}.json") for name in names}
     candidates = _candidates(rows, str(file), plans)
     scored = [c for c in candidates if c.loss is not None]
-    # As attnspan plan chooses: the least measured loss, or without measurements the last that was made.
-    chosen = min(scored, key=lambda c: c.loss or 0.0) if scored else candidates[-1]
+    # As attnspan plan chooses: the least KL from the dense model, or without measurements the last that was made.
+    chosen = min(scored, key=lambda c: c.kl or 0.0) if scored else candidates[-1]
     plan = plans[chosen.name]
     words = _OPTIONS.split(where.name)[1:]
     options = dict(zip(words[::2], words[1::2], strict=True))

@@ -34,6 +34,23 @@ def monotone(curves: Curves) -> dict[int, Array]:
     return out
 
 
+def stretched(curves: Curves, n: int) -> dict[int, Array]:
+    """The curves and one more, for a text of n tokens longer than any profiled: the longest's, at the same share of the length.
+
+    A head that looks for something anywhere in the text loses by share. A local head loses by distance and is given more than it
+    needs. Without it, nothing would speak for keeping anything at lengths that only the budget knows.
+    """
+    longest = max(curves)
+    if n <= longest:
+        return dict(curves)
+    blocks = -(-n // BLOCK)
+    known = _check_curve(longest, curves[longest])
+    at = np.arange(blocks + 1) * (known.shape[-1] - 1) / blocks
+    low = np.minimum(at.astype(int), known.shape[-1] - 2)
+    values = known[..., low] + (at - low) * (known[..., low + 1] - known[..., low])
+    return dict(curves) | {blocks * BLOCK: values}
+
+
 def _check_curve(n: int, curve: npt.ArrayLike) -> Array:
     check_profiled(n)
     values = np.asarray(curve, np.float64)

@@ -98,7 +98,7 @@ def test_plan(calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     listed = plan.validation["candidates"]
     assert plan.validation["length"] == 3072
     assert {"dense profile", "ablation", "round 1"} <= {row["name"] for row in listed} | {"ablation", "round 1"}
-    assert min(listed, key=lambda row: row["loss"])["name"] == plan.validation["chosen"]
+    assert min(listed, key=lambda row: row["kl"])["name"] == plan.validation["chosen"]
     assert all(0 <= row["top1"] <= 1 and row["kl"] >= 0 for row in listed)
     assert plan.provenance["items"] == Calibration.load(calibrated).provenance()["items"]
 

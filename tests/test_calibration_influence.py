@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnspan.calibration import attention, influence
+from attnspan.calibration import attention, influence, op_attention
 from attnspan.calibration.attention import _Attention
 from attnspan.planner.rules import SINK
 
@@ -158,3 +158,17 @@ def test_tile_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(torch.cat([sums.joint, sums.entry]))
     for other in seen[1:]:
         torch.testing.assert_close(other, seen[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 300, 513])
+@pytest.mark.parametrize("spans", [None, [128, 320]])
+def test_the_deployed_op_computes_the_same(dtype: torch.dtype, tokens: int, spans: list[int] | None) -> None:
+    if not op_attention.available():
+        pytest.skip("the op library is not built")
+    rng = torch.Generator().manual_seed(tokens)
+    q, k, v = (torch.randn(heads, tokens, 32, generator=rng).to(dtype) for heads in (4, 2, 2))
+    with torch.inference_mode():
+        got = op_attention.attend(q, k, v, spans, SCALE).float()
+        want = _Attention.apply(q.float(), k.float(), v.float(), spans, SCALE, 0, None)
+    assert (got - want).abs().max() <= (2e-5 if dtype == torch.float32 else 2**-7 * float(want.abs().max()))

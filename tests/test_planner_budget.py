@@ -17,7 +17,7 @@ from attnspan.planner.cost import allocated_bytes, kept_slots
 from attnspan.planner.decode_cost import DecodeCost
 from attnspan.planner.errors import UserError
 from attnspan.planner.grid import FULL, fine_grid, reference_grid, rule_grid
-from attnspan.planner.losses import LossTable, monotone
+from attnspan.planner.losses import LossTable, monotone, stretched
 from attnspan.planner.pareto import front
 from attnspan.planner.plan import ModelShape, Plan
 from attnspan.planner.problem import InfeasibleError
@@ -271,3 +271,14 @@ def test_plans(tmp_path: Path) -> None:
         plan_from(table, budget, ModelShape("other", 7, 8, 4), 4096)
     with pytest.raises(InfeasibleError, match="--density"):
         plan_from(table, Budget.of_density(0.02, [1024], 4096), SHAPE, 4096)
+
+
+def test_stretched_curves_keep_their_shares() -> None:
+    rng = np.random.default_rng(0)
+    curves = monotone({2048: rng.random((2, 3, 33)), 4096: rng.random((2, 3, 65))})
+    longer = stretched(curves, 8192)
+    assert list(longer) == [2048, 4096, 8192]
+    np.testing.assert_allclose(longer[8192][..., ::2], curves[4096])
+    assert (np.diff(longer[8192], axis=-1) <= 1e-15).all()
+    assert list(stretched(curves, 5000)) == [2048, 4096, 5056]  # whole blocks
+    assert list(stretched(curves, 4096)) == [2048, 4096]
