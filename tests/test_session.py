@@ -95,11 +95,13 @@ def test_library_and_function_agree(artefact: str, request: pytest.FixtureReques
     fast, slow = (opened(folder, how, batch=2) for how in ("library", "function"))
     assert fast.library is not None
     assert slow.library is None
+    # Matrix units (bf16 caches) take queries and weights as two bf16 parts: 16 of their 24 bits.
+    atol = 1e-3 if artefact == "sparse_bf16" else TOLERANCE
     for row, count in ((0, 400), (1, 30)):
         prompt = tokens(count, seed=row)
-        np.testing.assert_allclose(fast.prefill(row, prompt), slow.prefill(row, prompt), atol=TOLERANCE)
+        np.testing.assert_allclose(fast.prefill(row, prompt), slow.prefill(row, prompt), atol=atol)
     for token in tokens(20, seed=9):
-        np.testing.assert_allclose(fast.decode([token, token]), slow.decode([token, token]), atol=TOLERANCE)
+        np.testing.assert_allclose(fast.decode([token, token]), slow.decode([token, token]), atol=atol)
 
 
 @pytest.mark.parametrize("how", LIBRARIES)
