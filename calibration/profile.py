@@ -20,9 +20,6 @@ from attnspan.calibration.items import Item
 from attnspan.planner.errors import UserError
 from attnspan.planner.plan import Plan
 
-CHECKPOINT_FROM = 3072
-"""Tokens from which layers are computed again on the way back instead of kept: below, 30 layers of a small model fit."""
-
 
 class _Sums:
     """Adds up the tiles of one item in float64."""
@@ -57,7 +54,7 @@ def profile_item(model: Any, item: Item, plan: Plan | None = None, entries: bool
     config = model.config.get_text_config()
     layers, kv_heads = config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     sums = _Sums(layers, kv_heads, blocks_of(item.length), entries)
-    _checkpoint(model, len(tokens) >= CHECKPOINT_FROM)
+    _checkpoint(model)
     device = model.device
     ids = torch.tensor(tokens)[None].to(device)
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
@@ -72,11 +69,11 @@ def profile_item(model: Any, item: Item, plan: Plan | None = None, entries: bool
     return ItemProfile(item.id, item.length, loss.item(), sums.joint, sums.entry)
 
 
-def _checkpoint(model: Any, wanted: bool) -> None:
-    """Layers recompute themselves only in training mode, which changes nothing else without dropout."""
-    if not wanted:
-        model.eval()
-        return
+def _checkpoint(model: Any) -> None:
+    """Have layers computed again on the way back instead of kept: a third more time for a tenth of the memory.
+
+    Layers do so only in training mode, which changes nothing else without dropout.
+    """
     if not getattr(model, "is_activation_checkpointing", False):
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
