@@ -159,13 +159,15 @@ def _checkpoint(args: argparse.Namespace, lengths: list[int], scratch: Path) -> 
         raise UserError("--density is for uniform windows without --plan, which get the densities of the plans; drop one of them")
     import torch
 
-    from attnspan.calibration.loading import load_model, load_tokenizer, model_limit
+    from attnspan.calibration.loading import load_model, load_tokenizer, model_limit, read_shape
     from attnspan.calibration.scorer import TorchScorer
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     path = args.models[0]
     _check_lengths(lengths, [model_limit(path), *(plan.n_max for plan in plans.values())])
+    for plan in plans.values():
+        plan.check_model(read_shape(path))
     coder = load_tokenizer(path, scratch)
     model, shape = load_model(path, args.dtype, args.device)
     what = {"model": shape.id, "config": shape.config_hash, "dtype": args.dtype}
@@ -173,7 +175,6 @@ def _checkpoint(args: argparse.Namespace, lengths: list[int], scratch: Path) -> 
     if "dense" in baselines:
         _add(out, "dense", TorchScorer(model), what, None)
     for name, plan in plans.items():
-        plan.check_model(shape)
         _add(out, name, TorchScorer(model, plan), what | {"plan": _hash(plan)}, lambda n, plan=plan: plan)  # type: ignore[misc]
     if "uniform" in baselines:
         for name, density in _uniform_densities(plans, args.density, lengths).items():

@@ -31,8 +31,7 @@ def load_model(path: str | Path, dtype: str = "bf16", device: str = "cpu") -> tu
     logging.disable_progress_bar()
     source = Path(path)
     folder, file = _place(source)
-    config = _config(source)
-    shape = _shape(config, source)
+    shape = read_shape(source)
     if file:
         file["quantization_config"] = GgufConfig(dequantize=True)
     try:
@@ -45,7 +44,10 @@ def load_model(path: str | Path, dtype: str = "bf16", device: str = "cpu") -> tu
     return model, shape
 
 
-def _shape(config: Any, source: Path) -> ModelShape:
+def read_shape(path: str | Path) -> ModelShape:
+    """The shape of a model from its config alone; UserError as in `load_model`, as far as a config tells."""
+    source = Path(path)
+    config = _config(source)
     model_id = source.stem if source.is_file() else source.resolve().name
     shape = ModelShape.from_config(config.to_dict(), model_id)
     windows = {getattr(config, "sliding_window", None)} if getattr(config, "use_sliding_window", True) else set()
@@ -53,9 +55,9 @@ def _shape(config: Any, source: Path) -> ModelShape:
     if kinds != {"full_attention"} or windows - {None}:
         raise UserError(f"{source} has attention of its own kinds ({', '.join(sorted(kinds))}, sliding_window {windows}): "
                         "only models whose every layer attends to all tokens can be calibrated")  # fmt: skip
-    for name in ("attn_logit_softcapping",):
-        if getattr(config, name, None):
-            raise UserError(f"{source} has {name} {getattr(config, name)}: models that cap their scores cannot be calibrated yet")
+    cap = getattr(config, "attn_logit_softcapping", None)
+    if cap:
+        raise UserError(f"{source} has attn_logit_softcapping {cap}: models that cap their scores cannot be calibrated")
     return shape
 
 

@@ -170,14 +170,14 @@ def _candidates(
     import torch
 
     from attnspan.calibration import refine
-    from attnspan.calibration.loading import load_model
+    from attnspan.calibration.loading import load_model, read_shape
     from attnspan.calibration.validate import validate
 
     if args.threads:
         torch.set_num_threads(check_int("threads", args.threads, 1, 4096, "; change --threads"))
-    model, shape = load_model(cal.model, cal.dtype, args.device)
-    if shape.config_hash != cal.shape.config_hash:
+    if read_shape(cal.model).config_hash != cal.shape.config_hash:
         raise UserError(f"{cal.model} has changed since {cal.folder} was made; calibrate again")
+    model, _ = load_model(cal.model, cal.dtype, args.device)
     items = cal.calibration_items()
     if args.ablate:
         losses = {p.item: p.loss for p in dense}
