@@ -102,7 +102,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _tiles(tokens: int) -> Iterator[tuple[int, int]]:
-    for first in range(0, tokens, ROWS):
+    """The last rows first: tiles shrink, so that each fits into the memory that the one before gave back."""
+    for first in reversed(range(0, tokens, ROWS)):
         yield first, min(first + ROWS, tokens)
 
 
