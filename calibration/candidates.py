@@ -14,7 +14,7 @@ from attnspan.planner.grid import FULL
 from attnspan.planner.losses import LossTable, monotone, stretched
 from attnspan.planner.optimize import solve
 from attnspan.planner.plan import Plan
-from attnspan.planner.problem import Array, Choice, Problem, Rows, take
+from attnspan.planner.problem import Array, Choice, Problem, Rows
 from attnspan.planner.rules import HeadRule
 from attnspan.planner.shape import ModelShape
 
@@ -53,9 +53,8 @@ class Maker:
 
     def plan(self, table: LossTable, choice: Choice, gap: float | None = None) -> Plan:
         """The plan of rule indices [layers, kv_heads]."""
-        predicted = {n: float(take(loss, choice).sum()) for n, loss in zip(table.lengths, table.loss, strict=True)}
         rules = [[self.rules[i] for i in layer] for layer in choice.tolist()]
-        return Plan(self.shape, self.n_max, rules, predicted_loss=predicted, solver_gap=gap)
+        return Plan(self.shape, self.n_max, rules, predicted_loss=table.of(choice), solver_gap=gap)
 
 
 TRIES = 300

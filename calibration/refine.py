@@ -20,7 +20,7 @@ from tqdm import tqdm
 from attnspan.calibration.item_profile import Curve, ItemProfile
 from attnspan.calibration.items import Item
 from attnspan.calibration.profile import profile_items
-from attnspan.calibration.scorer import span_logits
+from attnspan.calibration.scorer import answer_logits
 from attnspan.planner.plan import Plan
 from attnspan.planner.rules import BLOCK, MIN_SPAN
 
@@ -31,11 +31,9 @@ MakePlan = Callable[[Sequence[Sequence[ItemProfile]], float], Plan]
 
 def answer_loss(model: Any, item: Item, spans: Spans | None) -> float:
     """Mean cross-entropy of an item's answer tokens in nats, with spans [layers, kv_heads] in force (None: dense)."""
-    tokens = item.tokens[: int(item.targets[-1]) + 1]
-    logits = span_logits(model, tokens, item.first, spans)
-    where = torch.from_numpy(item.targets - 1 - item.first).to(logits.device)
-    wanted = torch.from_numpy(tokens[item.targets]).to(logits.device)
-    return float(torch.nn.functional.cross_entropy(logits[where].float(), wanted))
+    logits = answer_logits(model, item, spans)
+    wanted = torch.from_numpy(item.tokens[item.targets]).to(logits.device)
+    return float(torch.nn.functional.cross_entropy(logits, wanted))
 
 
 def schedule(rounds: int) -> list[float]:

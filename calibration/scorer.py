@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from attnspan.calibration.attention import Setting, attention
+from attnspan.calibration.items import Item
 from attnspan.planner.plan import Plan
 
 
@@ -39,3 +40,10 @@ def span_logits(model: Any, tokens: npt.NDArray[np.int64], first: int, spans: np
     with torch.inference_mode(), attention(Setting(spans)):
         logits: torch.Tensor = model(ids, use_cache=False, logits_to_keep=int(len(tokens) - first)).logits[0]
     return logits
+
+
+def answer_logits(model: Any, item: Item, spans: npt.NDArray[np.int32] | None) -> torch.Tensor:
+    """Logits [targets, vocab] in fp32 of an item's answer tokens, with spans [layers, kv_heads] in force (None: dense)."""
+    tokens = item.tokens[: int(item.targets[-1]) + 1]
+    logits = span_logits(model, tokens, item.first, spans)
+    return logits[torch.from_numpy(item.targets - 1 - item.first).to(logits.device)].float()

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attnspan.calibration.items import Item
-from attnspan.calibration.scorer import span_logits
+from attnspan.calibration.scorer import answer_logits
 from attnspan.planner.plan import Plan
 
 
@@ -46,10 +46,8 @@ def validate(model: Any, items: Sequence[Item], plans: Mapping[str, Plan]) -> di
 
 def _answers(model: Any, item: Item, plan: Plan | None) -> Tensor:
     """Log-probabilities [targets, vocab] in fp32."""
-    tokens = item.tokens[: int(item.targets[-1]) + 1]
-    logits = span_logits(model, tokens, item.first, None if plan is None else plan.spans(len(tokens)))
-    where = torch.from_numpy(item.targets - 1 - item.first).to(logits.device)
-    return torch.log_softmax(logits[where].float(), -1)
+    spans = None if plan is None else plan.spans(int(item.targets[-1]) + 1)
+    return torch.log_softmax(answer_logits(model, item, spans), -1)
 
 
 def _compare(dense: Tensor, sparse: Tensor, item: Item) -> tuple[float, float, float, float]:
