@@ -23,7 +23,7 @@ Answer = Callable[[list[int], int], list[int]]
 """(prompt, most new tokens) -> the model's own greedy continuation, without the token that ends it. Prompts that extend the
 prompt and answer of the call before come in a row, so that an implementation may keep its cache."""
 
-MIX: Mapping[str, float] = {"facts": 0.5, "copies": 0.2, "records": 0.15, "prose": 0.15}
+MIX: Mapping[str, float] = {"facts": 0.4, "copies": 0.15, "records": 0.15, "prose": 0.3}
 """Share of each kind of generated document."""
 CHAT_EVERY = 4
 """Of the documents whose questions a user might ask, one in so many goes through the chat template."""

@@ -20,7 +20,7 @@ COPIES = 4
 RECORDS = (8, 24)
 """Fewest and most records of a list."""
 ASKED_RECORDS = 4
-PROSE_TOKENS = 64
+PROSE_TOKENS = 256
 COPY_WORDS, COPY_TOKENS = 8, 16
 """Words quoted of a sentence, and the most tokens asked for of what follows them."""
 

@@ -51,7 +51,8 @@ const Kernels* select_kernels(const char* wanted, const char** names) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  // Cooper Lake has the bf16 products without the bit counts; it runs the avx512 kernels.
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vpopcntdq");
   static const bool amx = bf16 && amx_allowed();
 #endif
   const Entry entries[] = {

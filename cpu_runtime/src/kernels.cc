@@ -2,8 +2,11 @@
 #include "kernels.h"
 
 #include "decode.h"
+#include "gather.h"
+#include "hash.h"
 #include "prefill.h"
 #include "prefill_bf16.h"
+#include "retrieve.h"
 #include "simd.h"
 
 namespace {
@@ -46,6 +49,12 @@ void store_any(DType type, const float* from, float scale, void* to, int64_t cou
 
 void decode_any(DType type, const attnspan::DecodeRun& run, const attnspan::SoftmaxState& state) {
 #define ATTNSPAN_CALL(C) decode_run<C>(run, state)
+  ATTNSPAN_FOR_TYPE(type, ATTNSPAN_CALL)
+#undef ATTNSPAN_CALL
+}
+
+void gather_any(DType type, const attnspan::GatherTask& task, const attnspan::SoftmaxState& state) {
+#define ATTNSPAN_CALL(C) gather_run<C>(task, state)
   ATTNSPAN_FOR_TYPE(type, ATTNSPAN_CALL)
 #undef ATTNSPAN_CALL
 }
@@ -93,5 +102,6 @@ void merge_states(const attnspan::SoftmaxState& s, int64_t count, int64_t rows, 
 namespace attnspan {
 extern const Kernels ATTNSPAN_JOIN(kernels_, ATTNSPAN_ISA);
 const Kernels ATTNSPAN_JOIN(kernels_, ATTNSPAN_ISA) = {ATTNSPAN_TEXT(ATTNSPAN_ISA), load_any, store_any, decode_any, merge_states,
-                                                       prefill_begin_any, prefill_tile_any, prefill_end};
+                                                       prefill_begin_any, prefill_tile_any, prefill_end,
+                                                       hash_any, scan_any, walk_any, gather_any};
 }  // namespace attnspan

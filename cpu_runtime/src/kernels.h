@@ -64,6 +64,58 @@ struct KeyTile {
   int64_t first;  // position of the first key
 };
 
+// Signs of projections: bit j of row r is (x[r] . column j > 0). Columns lie in panels of kColumns, [panel, dim, kColumns],
+// padded with zeros, which give zero bits.
+struct HashTask {
+  const float* x;  // [rows, dim]
+  int64_t rows;
+  int64_t dim;
+  const float* panels;
+  int64_t panel_count;
+  uint64_t* bits;  // [rows, panel_count]
+};
+constexpr int64_t kColumns = 64;
+
+// Packed signatures of consecutive tokens lie in blocks of kLanes tokens: [block, words, kLanes], so that a vector holds the same
+// word of different tokens. A group is the 64 tokens that share one word of a mask.
+constexpr int64_t kLanes = 8, kGroup = 64;
+struct ScanTask {
+  const uint64_t* signatures;
+  int64_t words;  // 1, 2 or 4
+  int64_t groups;
+  const uint64_t* query;  // [words]
+  int64_t max_hamming;
+  uint64_t* mask;  // [groups]: bit i of word g: token 64 * g + i is drawn
+};
+
+// Hash tables over one segment of tokens, numbered from 0 within it. Table l holds the tokens below sorted[l] by bucket: bucket c is
+// ids[l * stride + start[l * (buckets + 1) + c] ...]; for the tokens from there up to `tokens` the same place holds their codes.
+struct WalkTask {
+  const uint16_t *start, *ids, *sorted;
+  int64_t tables, buckets, stride, tokens;
+  const uint16_t* code;  // [tables], of the query
+  int64_t min_collisions;
+  uint8_t* count;  // [kSegment * 2], scratch: any 16-bit id stays inside
+  uint64_t* mask;  // [tokens rounded up to groups]
+};
+constexpr int64_t kSegment = 32768;  // most tokens of a segment
+
+// Attention of up to four query heads to scattered rows of one KV head's cache, each drawn with a known probability.
+struct GatherTask {
+  const float* query;  // [heads, head_dim], multiplied by the softmax scale and the key scale
+  int64_t heads;
+  int64_t head_dim;
+  const void* key;  // [slots, head_dim]
+  const void* value;
+  const int32_t* id;     // [count + kPad] slots; the last kPad are valid, too
+  const uint8_t* drawn;  // [count + kPad] bit g: head g drew it; 0 in the last kPad
+  int64_t count;
+  const float* mean;           // [head_dim] what was taken from the keys before they were hashed, in units of the cache
+  const float* log_inclusion;  // [kInclusion + 1] log u at cos = -1 ... 1
+  float softcap;
+};
+constexpr int64_t kPad = 32, kInclusion = 2048;
+
 struct Kernels {
   const char* name;
   // Conversions between stored elements and fp32: to[i] = scale * from[i], and to[i] = round(from[i] / scale).
@@ -76,6 +128,11 @@ struct Kernels {
   void (*prefill_tile)(DType cache, const PrefillTask& task, const KeyTile& tile, const PrefillScratch& scratch);
   // Writes acc back as [rows, head_dim] into scratch.query, not yet divided by the sum.
   void (*prefill_end)(const PrefillTask& task, const PrefillScratch& scratch);
+  void (*hash)(const HashTask& task);
+  void (*scan)(const ScanTask& task);
+  // False, and the mask means nothing, when the tables are damaged.
+  bool (*walk)(const WalkTask& task);
+  void (*gather)(DType cache, const GatherTask& task, const SoftmaxState& state);
 };
 
 // The fastest table this processor runs, or the one named `wanted` (null or empty: the fastest). Null when there is no such

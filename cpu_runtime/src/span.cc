@@ -3,108 +3,21 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <tuple>
-#include <type_traits>
+
+#include "call.h"
 
 namespace attnspan {
 namespace {
-
-// Grows, never shrinks, belongs to one thread: pool threads live as long as the session.
-class Scratch {
- public:
-  char* get(int64_t bytes) {
-    if (bytes > size_) {
-      data_.reset(static_cast<char*>(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64)));
-      if (!data_) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  std::unique_ptr<char, Free> data_;
-  int64_t size_ = 0;
-};
-
-thread_local Scratch call_scratch, task_scratch;
-
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// Hands out pieces of one allocation, each aligned to a cache line.
-class Carver {
- public:
-  explicit Carver(char* base) : next_(base) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* p = reinterpret_cast<T*>(next_);
-    next_ += round_up(count * int64_t(sizeof(T)), 64);
-    return p;
-  }
-
- private:
-  char* next_;
-};
-
-struct Plan {
-  const SpanConfig& config;
-  const SpanCall& call;
-  const Kernels& kernels;
-  std::vector<int64_t> offset;
-  int64_t group, dim, row_bytes, slots;
-  float scale;
-
-  Plan(const SpanConfig& c, const SpanCall& a, const Kernels& k)
-      : config(c), call(a), kernels(k), offset(c.offset()), group(c.heads / c.kv_heads), dim(a.head_dim),
-        row_bytes(a.head_dim * size_of(a.cache)), slots(offset.back()),
-        scale(c.scale != 0.f ? c.scale : 1.f / std::sqrt(float(a.head_dim))) {}
-
-  float key_scale(int64_t h) const { return call.key_scale ? call.key_scale[h] : 1.f; }
-  float value_scale(int64_t h) const { return call.value_scale ? call.value_scale[h] : 1.f; }
-
-  char* ring(void* cache, int64_t b, int64_t h) const {
-    return static_cast<char*>(cache) + (b * slots + offset[h]) * row_bytes;
-  }
-  // Element of an activation [batch, tokens, n * head_dim].
-  template <class V>
-  V* element(V* base, int64_t b, int64_t t, int64_t n, int64_t h) const {
-    using Byte = std::conditional_t<std::is_const_v<V>, const char, char>;
-    return static_cast<Byte*>(base) + ((b * call.tokens + t) * n + h) * dim * size_of(call.activation);
-  }
-  // Rounds one key and value of the call to their stored form.
-  void store_token(int64_t b, int64_t t, int64_t h, void* key, void* value, float* wide) const {
-    kernels.load(call.activation, element(call.key, b, t, config.kv_heads, h), 1.f, wide, dim);
-    kernels.store(call.cache, wide, key_scale(h), key, dim);
-    kernels.load(call.activation, element(call.value, b, t, config.kv_heads, h), 1.f, wide, dim);
-    kernels.store(call.cache, wide, value_scale(h), value, dim);
-  }
-  float score_scale(int64_t h) const { return scale * key_scale(h); }
-  void load_query(int64_t b, int64_t t, int64_t h, float factor, float* to) const {  // all query heads of KV head h
-    kernels.load(call.activation, element(call.query, b, t, config.heads, h * group), factor, to, group * dim);
-  }
-  // Divides by the sum, applies the value scale, writes the output and the log-sum-exp of one query head.
-  void finish(int64_t b, int64_t t, int64_t h, int64_t g, float* acc, float max, float sum) const {
-    const int64_t head = h * group + g;
-    const float factor = value_scale(h) / sum;
-    for (int64_t d = 0; d < dim; ++d) acc[d] *= factor;
-    kernels.store(call.activation, acc, 1.f, element(call.output, b, t, config.heads, head), dim);
-    if (call.lse) call.lse[(b * config.heads + head) * call.tokens + t] = max + std::log(sum);
-  }
-};
 
 // Tokens of one decode task: long enough to stream (512 KiB of K and V in bf16 at head_dim 128), short enough to balance; longer
 // where there are many tasks, as each costs a start and a partial state.
 constexpr int64_t kShortChunk = 1024, kLongChunk = 4096, kManyTasks = 256;
 
 // A decode step writes its token first: the slot it takes belonged to a token that has just left the window.
-void decode(const Plan& plan, const Parallel& parallel) {
-  const auto& [config, call, kernels] = std::tie(plan.config, plan.call, plan.kernels);
-  const int64_t pairs = call.batch * config.kv_heads, group = plan.group, dim = plan.dim, sink = config.sink;
+void decode(const CallView& view, const Parallel& parallel) {
+  const auto& [config, call, kernels] = std::tie(view.config, view.call, view.kernels);
+  const int64_t pairs = call.batch * config.kv_heads, group = view.group, dim = view.dim, sink = config.sink;
 
   struct Pair {
     int64_t first_task, tasks, sinks, window, position;
@@ -132,8 +45,8 @@ void decode(const Plan& plan, const Parallel& parallel) {
 
   for (int64_t i = 0; i < pairs; ++i) {
     const int64_t b = i / config.kv_heads, h = i % config.kv_heads;
-    const int64_t slot = slot_of(pair[i].position, sink, config.capacity[h]) * plan.row_bytes;
-    plan.store_token(b, 0, h, plan.ring(call.past_key, b, h) + slot, plan.ring(call.past_value, b, h) + slot,
+    const int64_t slot = slot_of(pair[i].position, sink, config.capacity[h]) * view.row_bytes;
+    view.store_token(b, 0, h, view.ring(call.past_key, b, h) + slot, view.ring(call.past_value, b, h) + slot,
                      reinterpret_cast<float*>(task_scratch.get(dim * 4)));
   }
 
@@ -141,12 +54,12 @@ void decode(const Plan& plan, const Parallel& parallel) {
     const int64_t i = owner[task], b = i / config.kv_heads, h = i % config.kv_heads;
     const Pair& p = pair[i];
     float* query = reinterpret_cast<float*>(task_scratch.get(group * dim * 4));
-    plan.load_query(b, 0, h, plan.score_scale(h), query);
+    view.load_query(b, 0, h, view.score_scale(h), query);
     SoftmaxState state{max + task * group, sum + task * group, acc + task * group * dim};
     std::fill_n(state.max, group, -INFINITY);
     std::fill_n(state.sum, group, 0.f);
     std::fill_n(state.acc, group * dim, 0.f);
-    const char *key = plan.ring(call.past_key, b, h), *value = plan.ring(call.past_value, b, h);
+    const char *key = view.ring(call.past_key, b, h), *value = view.ring(call.past_value, b, h);
     const int64_t capacity = config.capacity[h], kept = p.sinks + p.window;
     const int64_t end = std::min(kept, (task - p.first_task + 1) * chunk);
     // The kept tokens in order of position: sinks, then the window, which is up to two contiguous runs of slots.
@@ -159,7 +72,7 @@ void decode(const Plan& plan, const Parallel& parallel) {
       }
       run = std::min(run, end - k);
       kernels.decode(call.cache,
-                     DecodeRun{query, group, dim, key + slot * plan.row_bytes, value + slot * plan.row_bytes, run, config.softcap},
+                     DecodeRun{query, group, dim, key + slot * view.row_bytes, value + slot * view.row_bytes, run, config.softcap},
                      state);
       k += run;
     }
@@ -167,16 +80,16 @@ void decode(const Plan& plan, const Parallel& parallel) {
     const int64_t first = p.first_task * group;
     const SoftmaxState all{max + first, sum + first, acc + first * dim};
     kernels.merge(all, p.tasks, group, dim);
-    for (int64_t g = 0; g < group; ++g) plan.finish(b, 0, h, g, all.acc + g * dim, all.max[g], all.sum[g]);
+    for (int64_t g = 0; g < group; ++g) view.finish(b, 0, h, g, all.acc + g * dim, all.max[g], all.sum[g]);
   });
 }
 
 // Query rows of one prefill task: enough to pay for widening a tile of keys, few enough to stay in the L2 cache.
 constexpr int64_t kTaskRows = 128;
 
-void prefill(const Plan& plan, const Parallel& parallel) {
-  const auto& [config, call, kernels] = std::tie(plan.config, plan.call, plan.kernels);
-  const int64_t group = plan.group, dim = plan.dim, sink = config.sink, tokens = call.tokens, row_bytes = plan.row_bytes;
+void prefill(const CallView& view, const Parallel& parallel) {
+  const auto& [config, call, kernels] = std::tie(view.config, view.call, view.kernels);
+  const int64_t group = view.group, dim = view.dim, sink = config.sink, tokens = call.tokens, row_bytes = view.row_bytes;
   const int64_t pairs = call.batch * config.kv_heads;
 
   // The chunk in its stored form, [batch, kv_heads, tokens, head_dim].
@@ -186,7 +99,7 @@ void prefill(const Plan& plan, const Parallel& parallel) {
     float* wide = reinterpret_cast<float*>(task_scratch.get(dim * 4));
     for (int64_t t = 0; t < tokens; ++t) {
       const int64_t at = (i * tokens + t) * row_bytes;
-      plan.store_token(i / config.kv_heads, t, i % config.kv_heads, chunk_key + at, chunk_value + at, wide);
+      view.store_token(i / config.kv_heads, t, i % config.kv_heads, chunk_key + at, chunk_value + at, wide);
     }
   });
 
@@ -196,7 +109,7 @@ void prefill(const Plan& plan, const Parallel& parallel) {
     const int64_t i = index % pairs, block = blocks - 1 - index / pairs, b = i / config.kv_heads, h = i % config.kv_heads;
     const int64_t start = block * task_tokens, length = call.length[b];
     const PrefillTask task{std::min(task_tokens, tokens - start), group, dim, length + start, call.span[i] - sink, sink,
-                           config.softcap, plan.score_scale(h), call.activation == DType::bf16};
+                           config.softcap, view.score_scale(h), call.activation == DType::bf16};
     const int64_t rows = task.rows(), padded = round_up(rows, kRowPanel);
     Carver scratch_carve(task_scratch.get((rows * dim + 2 * padded * dim + kKeyTile * (kRowPanel + 2 * dim) + 3 * padded) * 4 + 512));
     PrefillScratch scratch;
@@ -209,10 +122,10 @@ void prefill(const Plan& plan, const Parallel& parallel) {
     scratch.state.max = scratch_carve.take<float>(padded);
     scratch.state.sum = scratch_carve.take<float>(padded);
     scratch.state.acc = scratch_carve.take<float>(padded * dim);
-    for (int64_t t = 0; t < task.tokens; ++t) plan.load_query(b, start + t, h, 1.f, scratch.query + t * group * dim);
+    for (int64_t t = 0; t < task.tokens; ++t) view.load_query(b, start + t, h, 1.f, scratch.query + t * group * dim);
     kernels.prefill_begin(call.cache, task, scratch);
 
-    const char *ring_key = plan.ring(call.past_key, b, h), *ring_value = plan.ring(call.past_value, b, h);
+    const char *ring_key = view.ring(call.past_key, b, h), *ring_value = view.ring(call.past_value, b, h);
     const int64_t capacity = config.capacity[h], last = task.first + task.tokens - 1;
     // Tiles over positions [from, to): the ring below `length`, the chunk from there on.
     const auto walk = [&](int64_t from, int64_t to) {
@@ -240,12 +153,12 @@ void prefill(const Plan& plan, const Parallel& parallel) {
 
     kernels.prefill_end(task, scratch);
     for (int64_t r = 0; r < rows; ++r)
-      plan.finish(b, start + r / group, h, r % group, scratch.query + r * dim, scratch.state.max[r], scratch.state.sum[r]);
+      view.finish(b, start + r / group, h, r % group, scratch.query + r * dim, scratch.state.max[r], scratch.state.sum[r]);
   });
 
   parallel(pairs, [&](int64_t i) {
     const int64_t b = i / config.kv_heads, h = i % config.kv_heads, capacity = config.capacity[h];
-    char *ring_key = plan.ring(call.past_key, b, h), *ring_value = plan.ring(call.past_value, b, h);
+    char *ring_key = view.ring(call.past_key, b, h), *ring_value = view.ring(call.past_value, b, h);
     for (int64_t t = 0; t < tokens; ++t) {
       const int64_t position = call.length[b] + t;
       // Of a chunk longer than the ring only the sinks and the last tokens stay.
@@ -294,12 +207,12 @@ std::string check_call(const SpanConfig& config, const SpanCall& call) {
 }
 
 void span_attention(const SpanConfig& config, const SpanCall& call, const Kernels& kernels, const Parallel& parallel) {
-  const Plan plan(config, call, kernels);
+  const CallView view(config, call, kernels);
   if (call.batch == 0 || call.tokens == 0) return;
   if (call.tokens == 1) {
-    decode(plan, parallel);
+    decode(view, parallel);
   } else {
-    prefill(plan, parallel);
+    prefill(view, parallel);
   }
 }
 

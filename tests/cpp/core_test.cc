@@ -1,47 +1,17 @@
-// The C++ core without ONNX Runtime: SpanAttention against a naive loop over positions, on several threads, meant to run under
+// The C++ core without ONNX Runtime: its ops against naive loops over positions, on several threads, meant to run under
 // AddressSanitizer and UndefinedBehaviorSanitizer (cmake -DATTNSPAN_TESTS=ON -DATTNSPAN_SANITIZE=ON). Buffers have exactly the size
 // they need, so that one element too far is caught.
-#include <atomic>
 #include <cmath>
-#include <cstdio>
 #include <map>
-#include <random>
-#include <thread>
-#include <vector>
+#include <string>
 
+#include "check.h"
+#include "lsh_test.h"
 #include "span.h"
 
 using namespace attnspan;
 
 namespace {
-
-int failures = 0, checks = 0;
-
-void expect(bool good, const char* what, double got = 0, double want = 0) {
-  ++checks;
-  if (good) return;
-  ++failures;
-  std::printf("FAILED: %s (got %g, want %g)\n", what, got, want);
-}
-
-void run_threads(void*, int64_t count, void (*body)(void*, int64_t), void* context) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t i; (i = next++) < count;) body(context, i);
-  };
-  std::thread other(work);
-  work();
-  other.join();
-}
-
-std::mt19937 random_bits(1);
-
-std::vector<float> normal(int64_t n) {
-  std::normal_distribution<float> d;
-  std::vector<float> v(static_cast<size_t>(n));
-  for (float& x : v) x = d(random_bits);
-  return v;
-}
 
 // One sequence fed in chunks. The oracle keeps every token ever seen, in a map by position, and never heard of slots.
 void sequence(const Kernels& kernels, DType cache, int64_t heads, std::vector<int64_t> capacity, int64_t dim, int64_t sink,
@@ -143,6 +113,7 @@ int main() {
     const Kernels& kernels = *select_kernels(list.substr(start, end - start).c_str(), nullptr);
     start = end + 1;
     conversions(kernels);
+    lsh_tests(kernels);
     for (const DType cache : {DType::f32, DType::f16, DType::bf16, DType::i8}) {
       sequence(kernels, cache, 4, {70, 97}, 24, 8, {1, 1, 5, 64, 65, 1, 1, 1, 130, 1, 3, 1}, 0.f);
       sequence(kernels, cache, 3, {9}, 8, 8, {1, 7, 1, 1, 2, 40, 1}, 2.f);

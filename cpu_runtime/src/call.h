@@ -1,0 +1,100 @@
+// What the ops share: scratch memory of threads, and the geometry of a call.
+#pragma once
+
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+#include "span.h"
+
+namespace attnspan {
+
+// Grows, never shrinks, belongs to one thread: pool threads live as long as the session.
+class Scratch {
+ public:
+  char* get(int64_t bytes) {
+    if (bytes > size_) {
+      data_.reset(static_cast<char*>(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64)));
+      if (!data_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> data_;
+  int64_t size_ = 0;
+};
+
+inline thread_local Scratch call_scratch, task_scratch;
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Hands out pieces of one allocation, each aligned to a cache line.
+class Carver {
+ public:
+  explicit Carver(char* base) : next_(base) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(next_);
+    next_ += round_up(count * int64_t(sizeof(T)), 64);
+    return p;
+  }
+
+ private:
+  char* next_;
+};
+
+// Where things lie in a call, and how an element gets in and out.
+struct CallView {
+  const SpanConfig& config;
+  const SpanCall& call;
+  const Kernels& kernels;
+  std::vector<int64_t> offset;
+  int64_t group, dim, row_bytes, slots;
+  float scale;
+
+  CallView(const SpanConfig& c, const SpanCall& a, const Kernels& k)
+      : config(c), call(a), kernels(k), offset(c.offset()), group(c.heads / c.kv_heads), dim(a.head_dim),
+        row_bytes(a.head_dim * size_of(a.cache)), slots(offset.back()),
+        scale(c.scale != 0.f ? c.scale : 1.f / std::sqrt(float(a.head_dim))) {}
+
+  float key_scale(int64_t h) const { return call.key_scale ? call.key_scale[h] : 1.f; }
+  float value_scale(int64_t h) const { return call.value_scale ? call.value_scale[h] : 1.f; }
+
+  char* ring(void* cache, int64_t b, int64_t h) const {
+    return static_cast<char*>(cache) + (b * slots + offset[h]) * row_bytes;
+  }
+  // Element of an activation [batch, tokens, n * head_dim].
+  template <class V>
+  V* element(V* base, int64_t b, int64_t t, int64_t n, int64_t h) const {
+    using Byte = std::conditional_t<std::is_const_v<V>, const char, char>;
+    return static_cast<Byte*>(base) + ((b * call.tokens + t) * n + h) * dim * size_of(call.activation);
+  }
+  // Rounds one key and value of the call to their stored form.
+  void store_token(int64_t b, int64_t t, int64_t h, void* key, void* value, float* wide) const {
+    kernels.load(call.activation, element(call.key, b, t, config.kv_heads, h), 1.f, wide, dim);
+    kernels.store(call.cache, wide, key_scale(h), key, dim);
+    kernels.load(call.activation, element(call.value, b, t, config.kv_heads, h), 1.f, wide, dim);
+    kernels.store(call.cache, wide, value_scale(h), value, dim);
+  }
+  float score_scale(int64_t h) const { return scale * key_scale(h); }
+  void load_query(int64_t b, int64_t t, int64_t h, float factor, float* to) const {  // all query heads of KV head h
+    kernels.load(call.activation, element(call.query, b, t, config.heads, h * group), factor, to, group * dim);
+  }
+  // Divides by the sum, applies the value scale, writes the output and the log-sum-exp of one query head.
+  void finish(int64_t b, int64_t t, int64_t h, int64_t g, float* acc, float max, float sum) const {
+    const int64_t head = h * group + g;
+    const float factor = value_scale(h) / sum;
+    for (int64_t d = 0; d < dim; ++d) acc[d] *= factor;
+    kernels.store(call.activation, acc, 1.f, element(call.output, b, t, config.heads, head), dim);
+    if (call.lse) call.lse[(b * config.heads + head) * call.tokens + t] = max + std::log(sum);
+  }
+};
+
+}  // namespace attnspan

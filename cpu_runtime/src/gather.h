@@ -1,0 +1,202 @@
+// Attention to drawn keys: as decode.h, but the rows lie scattered, and each score is corrected by the probability of its draw.
+//
+// A block of kRows rows passes: products with the centred key and its norm in one pass over the row; cosines; log u from a table;
+// online softmax; acc += p.V. A head that did not draw a row of its siblings gives it the score -inf.
+#pragma once
+
+#include "decode.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+constexpr int kRows = 24;  // as kBlock
+
+static_assert(attnspan::kPad >= kRows + 4);
+
+// log u at each cosine, between the points of the table in straight lines. A key without length (NaN) counts as orthogonal.
+ATTNSPAN_INLINE vf log_inclusion(const float* table, vf cosine) {
+  constexpr float half = float(attnspan::kInclusion / 2), end = float(attnspan::kInclusion) - 0.001f;
+  vf x = cosine * half + half;
+  x = x == x ? x : splat(half);
+  x = x > 0.f ? x : splat(0.f);
+  x = x < end ? x : splat(end);
+  const vi at = __builtin_convertvector(x, vi);
+  const vf part = x - __builtin_convertvector(at, vf);
+#if defined(__AVX512F__)
+  const vf low = (vf)_mm512_i32gather_ps((__m512i)at, table, 4), high = (vf)_mm512_i32gather_ps((__m512i)at, table + 1, 4);
+#elif defined(__AVX2__)
+  const vf low = (vf)_mm256_i32gather_ps(table, (__m256i)at, 4), high = (vf)_mm256_i32gather_ps(table + 1, (__m256i)at, 4);
+#else
+  vf low, high;
+  for (int i = 0; i < W; ++i) low[i] = table[at[i]], high[i] = table[at[i] + 1];
+#endif
+  return low + (high - low) * part;
+}
+
+ATTNSPAN_INLINE vf square_root(vf v) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (vf)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < W; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
+// Products of T centred rows with G heads into s[t * P + g], their squared norms into norm[t].
+template <class C, int G, int T, int P>
+ATTNSPAN_INLINE void score_rows(const attnspan::GatherTask& task, const int32_t* id, const int32_t* next, float* s, float* norm) {
+  const int64_t dim = task.head_dim;
+  const C *base = static_cast<const C*>(task.key), *row[T];
+  for (int t = 0; t < T; ++t) row[t] = base + int64_t(id[t]) * dim;
+  vf acc[T][P] = {}, square[4] = {};
+  int64_t d = 0;
+  for (; d + W <= dim; d += W) {
+    const vf mean = load(task.mean + d);
+    vf k[T];
+    for (int t = 0; t < T; ++t) {
+      k[t] = load(row[t] + d) - mean;
+      square[t] += k[t] * k[t];
+    }
+    for (int g = 0; g < G; ++g) {
+      vf q = load(task.query + g * dim + d);
+      keep(q);
+      for (int t = 0; t < T; ++t) acc[t][g] += k[t] * q;
+    }
+  }
+  for (int t = 0; t < T; ++t) fetch(base + int64_t(next[t]) * dim, dim);
+  const vf* a = &acc[0][0];
+  for (int i = 0; i < T * P; i += 4) sum_lanes4(a[i], a[i + 1], a[i + 2], a[i + 3], s + i);
+  float squares[4];
+  sum_lanes4(square[0], square[1], square[2], square[3], squares);
+  for (; d < dim; ++d)
+    for (int t = 0; t < T; ++t) {
+      const float k = to_float(row[t][d]) - task.mean[d];
+      squares[t] += k * k;
+      for (int g = 0; g < G; ++g) s[t * P + g] += k * task.query[g * dim + d];
+    }
+  for (int t = 0; t < T; ++t) norm[t] = squares[t];
+}
+
+template <class C, int G, int N, int P>
+ATTNSPAN_INLINE void add_rows(const attnspan::GatherTask& task, const float* p, const int32_t* id, const int32_t* next, int64_t rows,
+                              int64_t d0, float* acc) {
+  const int64_t dim = task.head_dim;
+  const C* base = static_cast<const C*>(task.value);
+  vf a[G][N];
+  for (int g = 0; g < G; ++g)
+    for (int i = 0; i < N; ++i) a[g][i] = load(acc + g * dim + d0 + i * W);
+  for (int64_t t = 0; t < rows; ++t) {
+    const C* row = base + int64_t(id[t]) * dim + d0;
+    if (next) fetch(base + int64_t(next[t]) * dim + d0, N * W);
+    vf v[N];
+    for (int i = 0; i < N; ++i) v[i] = load(row + i * W);
+    for (int g = 0; g < G; ++g) {
+      const vf w = splat(p[t * P + g]);
+      for (int i = 0; i < N; ++i) a[g][i] += w * v[i];
+    }
+  }
+  for (int g = 0; g < G; ++g)
+    for (int i = 0; i < N; ++i) store(acc + g * dim + d0 + i * W, a[g][i]);
+}
+
+// Zero where a head drew, -inf where it did not, for each set of heads.
+struct Bias {
+  alignas(16) float of[16][4];
+  constexpr Bias() : of() {
+    for (int set = 0; set < 16; ++set)
+      for (int g = 0; g < 4; ++g) of[set][g] = set >> g & 1 ? 0.f : -__builtin_inff();
+  }
+};
+constexpr Bias kBias;
+
+// Of each head: query . mean, in the lanes of a block of scores, and 1 / |query|.
+struct QueryFacts {
+  vf mean;
+  float inverse_norm[4];
+};
+
+template <int G>
+ATTNSPAN_INLINE QueryFacts query_facts(const attnspan::GatherTask& task) {
+  QueryFacts facts{};
+  float mean[4] = {}, lanes[W];
+  for (int g = 0; g < G; ++g) {
+    const float* q = task.query + g * task.head_dim;
+    vf square = {}, product = {};
+    int64_t d = 0;
+    for (; d + W <= task.head_dim; d += W) square += load(q + d) * load(q + d), product += load(q + d) * load(task.mean + d);
+    float norm = sum_lanes(square);
+    mean[g] = sum_lanes(product);
+    for (; d < task.head_dim; ++d) norm += q[d] * q[d], mean[g] += q[d] * task.mean[d];
+    facts.inverse_norm[g] = 1.f / std::sqrt(norm);
+  }
+  for (int i = 0; i < W; ++i) lanes[i] = mean[i % lanes_of(G)];
+  facts.mean = load(lanes);
+  return facts;
+}
+
+// rows: a multiple of T; next: the ids of the block behind, `rows` of them readable.
+template <class C, int G>
+ATTNSPAN_INLINE void gather_block(const attnspan::GatherTask& task, const QueryFacts& facts, const int32_t* id, const uint8_t* drawn,
+                                  const int32_t* next, int64_t rows, Running& running, float* acc) {
+  constexpr int P = lanes_of(G), T = kRegisters == 32 || P < 4 ? 4 : 2, N = kRegisters / 2 / P;
+  const int64_t dim = task.head_dim, lanes = rows * P, padded = (lanes + W - 1) / W * W;
+  alignas(64) float s[kRows * 4 + 2 * W], inverse[kRows * 4 + 2 * W], bias[kRows * 4 + 2 * W], norm[kRows + W];
+  for (int64_t t = 0; t < rows; t += T) score_rows<C, G, T, P>(task, id + t, next + t, s + t * P, norm + t);
+  for (int64_t t = rows; t < rows + W && t < kRows + W; ++t) norm[t] = 1.f;
+  for (int64_t t = 0; t < rows; t += W) store(norm + t, 1.f / square_root(load(norm + t)));
+  for (int64_t t = 0; t < rows; ++t)
+    for (int g = 0; g < P; ++g) {
+      inverse[t * P + g] = norm[t] * facts.inverse_norm[g];
+      bias[t * P + g] = kBias.of[drawn[t] & 15][g];
+    }
+  for (int64_t i = lanes; i < padded; ++i) s[i] = 0.f, inverse[i] = 0.f, bias[i] = -INFINITY;
+  for (int64_t i = 0; i < padded; i += W) {
+    const vf product = load(s + i);
+    vf score = product + facts.mean;
+    if (task.softcap != 0.f) score = soft_cap(score, task.softcap);
+    store(s + i, score + load(bias + i) - log_inclusion(task.log_inclusion, product * load(inverse + i)));
+  }
+  softmax_block<G, P>(s, rows, 0.f, dim, running, acc);
+  int64_t d = 0;
+  for (; d + N * W <= dim; d += N * W) add_rows<C, G, N, P>(task, s, id, next, rows, d, acc);
+  for (; d + W <= dim; d += W) add_rows<C, G, 1, P>(task, s, id, nullptr, rows, d, acc);
+  const C* value = static_cast<const C*>(task.value);
+  for (; d < dim; ++d)
+    for (int64_t t = 0; t < rows; ++t)
+      for (int g = 0; g < G; ++g) acc[g * dim + d] += s[t * P + g] * to_float(value[int64_t(id[t]) * dim + d]);
+}
+
+template <class C, int G>
+void gather_heads(const attnspan::GatherTask& task, const attnspan::SoftmaxState& state) {
+  const int64_t dim = task.head_dim;
+  const C *key = static_cast<const C*>(task.key), *value = static_cast<const C*>(task.value);
+  for (int64_t i = 0; i < task.count && i < kRows; ++i) {
+    fetch(key + int64_t(task.id[i]) * dim, dim);
+    fetch(value + int64_t(task.id[i]) * dim, dim);
+  }
+  const QueryFacts facts = query_facts<G>(task);
+  Running running = enter(state.max, state.sum, G);
+  for (int64_t first = 0; first < task.count; first += kRows) {
+    const int64_t rest = task.count - first;
+    const int64_t rows = rest < kRows ? (rest + 3) / 4 * 4 : kRows;  // the padding makes a last block whole
+    const int32_t* id = task.id + first;
+    const int32_t* next = rest > kRows ? id + kRows : id;  // at the end: rows that are there already
+    gather_block<C, G>(task, facts, id, task.drawn + first, next, rows, running, state.acc);
+  }
+  leave(running, state.max, state.sum, G);
+}
+
+template <class C>
+void gather_run(const attnspan::GatherTask& task, const attnspan::SoftmaxState& state) {
+  switch (task.heads) {
+    case 1: return gather_heads<C, 1>(task, state);
+    case 2: return gather_heads<C, 2>(task, state);
+    case 3: return gather_heads<C, 3>(task, state);
+    default: return gather_heads<C, 4>(task, state);
+  }
+}
+
+}  // namespace

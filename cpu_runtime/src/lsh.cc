@@ -1,0 +1,423 @@
+#include "lsh.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <tuple>
+
+#include "call.h"
+#include "inclusion.h"
+
+namespace attnspan {
+namespace {
+
+std::string text(int64_t v) { return std::to_string(v); }
+
+// Adds the time of a scope to one of four counters, when asked to.
+enum Part { kHash, kRetrieve, kAttend, kUpdate };
+std::atomic<int64_t> spent[4];
+class Timed {
+ public:
+  explicit Timed(Part part) : part_(part), start_(on() ? now() : 0) {}
+  ~Timed() {
+    if (start_) spent[part_].fetch_add(now() - start_, std::memory_order_relaxed);
+  }
+
+ private:
+  static bool on() {
+    static const bool wanted = [] {
+      const char* value = std::getenv("ATTNSPAN_PROFILE");
+      return value && !std::strcmp(value, "1");
+    }();
+    return wanted;
+  }
+  static int64_t now() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
+  Part part_;
+  int64_t start_;
+};
+
+constexpr int64_t kHashTokens = 256;    // keys of one hashing task
+constexpr int64_t kBulkMerge = 1024;    // codes that a prefill leaves unsorted in a table, at least
+constexpr int64_t kStepMerge = 1024;    // codes above which decode steps sort a table
+constexpr int64_t kExactTokens = 2048;  // tokens of an exact decode task
+constexpr int64_t kScanTokens = 8192;   // tokens of a sampling task over signatures
+constexpr int64_t kQuad = 4;            // query heads that share a pass over the drawn rows
+constexpr float kNothing = -1e30f;      // running maximum before any key: finite, so that a head that drew nothing gives zeros
+
+// One call of the op.
+struct Op {
+  const LshConfig& config;
+  const SpanCall& call;
+  const CallView& view;
+  const LshTables& tables;
+  const Kernels& kernels;
+  const Parallel& parallel;
+  IndexLayout layout;
+  std::vector<Index> index;  // one a row
+  std::atomic<bool> good{true};
+
+  Op(const LshConfig& c, const SpanCall& a, const CallView& v, const LshTables& t, const Kernels& k, const Parallel& p,
+     int64_t capacity, void* state)
+      : config(c), call(a), view(v), tables(t), kernels(k), parallel(p), layout(c.index, c.kv_heads, a.head_dim, capacity) {
+    for (int64_t b = 0; b < a.batch; ++b) index.emplace_back(c.index, layout, c.sink, static_cast<char*>(state) + b * layout.bytes);
+  }
+
+  int64_t pairs() const { return call.batch * config.kv_heads; }
+  int64_t target(int64_t tokens) const { return std::max(config.sink, tokens - config.window); }
+
+  void update(int64_t b, int64_t to);
+  void add_keys(int64_t b, int64_t from, int64_t to);
+  void merge_due(int64_t b, bool bulk);
+  bool decode();
+};
+
+// Brings row b's index to the positions below `to`, whose keys are in the cache.
+void Op::update(int64_t b, int64_t to) {
+  Index& row = index[b];
+  const int64_t from = row.indexed();
+  if (config.index.kind == IndexKind::exact || to <= from) return;
+  if (row.header().means == 0 && to - config.sink < kFirstKeys) return;
+  const Timed timed(kUpdate);
+  add_keys(b, from, to);
+  row.begin_mean(to);
+  const int64_t dim = call.head_dim, panels = config.index.panels();
+  // Tasks end at multiples of their size, so that no two write to one block of signatures, and none crosses a segment.
+  const int64_t first = from / kHashTokens, blocks = (to - 1) / kHashTokens - first + 1;
+  const float* mean = row.mean(row.header().means - 1, 0);
+  parallel(config.kv_heads * blocks, [&](int64_t task) {
+    const int64_t h = task % config.kv_heads, block = first + task / config.kv_heads;
+    const int64_t begin = std::max(from, block * kHashTokens), count = std::min(to, (block + 1) * kHashTokens) - begin;
+    Carver carve(task_scratch.get(count * (dim * 4 + panels * 8) + 128));
+    float* x = carve.take<float>(count * dim);
+    uint64_t* bits = carve.take<uint64_t>(count * panels);
+    kernels.load(call.cache, view.ring(call.past_key, b, h) + begin * view.row_bytes, view.key_scale(h), x, count * dim);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t d = 0; d < dim; ++d) x[i * dim + d] -= mean[h * dim + d];
+    kernels.hash({x, count, dim, tables.panels.data(), panels, bits});
+    row.put(h, begin, count, bits);
+  });
+  row.header().indexed = uint32_t(to);
+  if (config.index.kind == IndexKind::tables) merge_due(b, to - from > 1);
+}
+
+// Adds the keys to the sums that means are taken of.
+void Op::add_keys(int64_t b, int64_t from, int64_t to) {
+  const int64_t dim = call.head_dim;
+  parallel(config.kv_heads, [&](int64_t h) {
+    constexpr int64_t rows = 64;
+    float* x = reinterpret_cast<float*>(task_scratch.get((rows + 1) * dim * 4));
+    float* part = x + rows * dim;
+    double* sum = index[b].sum(h);
+    for (int64_t at = from; at < to; at += rows) {
+      const int64_t count = std::min(rows, to - at);
+      kernels.load(call.cache, view.ring(call.past_key, b, h) + at * view.row_bytes, view.key_scale(h), x, count * dim);
+      std::fill_n(part, dim, 0.f);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t d = 0; d < dim; ++d) part[d] += x[i * dim + d];
+      for (int64_t d = 0; d < dim; ++d) sum[d] += double(part[d]);
+    }
+  });
+}
+
+// Sorts codes into buckets: a prefill sorts all tables of a segment when enough has come together; a decode step sorts a few tables,
+// so many that none falls behind.
+void Op::merge_due(int64_t b, bool bulk) {
+  Index& row = index[b];
+  const int64_t indexed = row.indexed(), jobs = config.kv_heads * config.index.tables;
+  const int64_t last = (indexed - 1) / kSegment, first = bulk ? 0 : std::max<int64_t>(0, last - 1);
+  struct Job {
+    int64_t h, s, l;
+  };
+  std::vector<Job> due;
+  const auto coded = [&](int64_t s) { return std::min(layout.stride(s), indexed - s * kSegment); };
+  const auto wanted = [&](const Job& j, int64_t least) {
+    const int64_t rest = row.unsorted(j.h, j.s, j.l, coded(j.s)), done = coded(j.s) - rest;
+    return rest > 0 && (rest >= std::max(least, bulk ? done / 4 : 0) || coded(j.s) == kSegment);
+  };
+  if (bulk) {
+    for (int64_t s = first; s <= last; ++s)
+      for (int64_t j = 0; j < jobs; ++j)
+        if (const Job job{j / config.index.tables, s, j % config.index.tables}; wanted(job, kBulkMerge)) due.push_back(job);
+  } else {
+    int64_t left = (2 * jobs + kStepMerge - 1) / kStepMerge, looked = 0;
+    uint32_t& next = row.header().next_merge;
+    for (; left > 0 && looked < 2 * left; ++looked) {
+      const int64_t j = next % jobs;
+      next = uint32_t((j + 1) % jobs);
+      for (int64_t s = first; s <= last; ++s)
+        if (const Job job{j / config.index.tables, s, j % config.index.tables}; wanted(job, kStepMerge)) due.push_back(job), --left;
+    }
+  }
+  parallel(int64_t(due.size()), [&](int64_t i) {
+    auto* scratch = reinterpret_cast<uint16_t*>(task_scratch.get((kSegment + 3 * (config.index.buckets() + 1)) * 2));
+    if (!row.merge(due[i].h, due[i].s, due[i].l, coded(due[i].s), scratch)) good = false;
+  });
+}
+
+// Numbers of the set bits of up to four masks of `groups` words, with the set of masks that have each.
+int64_t collect(const uint64_t* mask, int64_t heads, int64_t groups, int64_t first, int32_t* id, uint8_t* drawn) {
+  int64_t count = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    uint64_t word[kQuad] = {}, any = 0;
+    for (int64_t i = 0; i < heads; ++i) any |= word[i] = mask[i * groups + g];
+    for (; any; any &= any - 1) {
+      const int bit = __builtin_ctzll(any);
+      id[count] = int32_t(first + g * kGroup + bit);
+      drawn[count++] = uint8_t((word[0] >> bit & 1) | (word[1] >> bit & 1) << 1 | (word[2] >> bit & 1) << 2 | (word[3] >> bit & 1) << 3);
+    }
+  }
+  return count;
+}
+
+// Clears the bits of positions outside [from, to) in a mask whose first bit is position `first`.
+void trim(uint64_t* mask, int64_t groups, int64_t first, int64_t from, int64_t to) {
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t begin = std::clamp<int64_t>(from - first - g * kGroup, 0, kGroup), end = std::clamp<int64_t>(to - first - g * kGroup, 0, kGroup);
+    if (begin == 0 && end == kGroup) continue;
+    const uint64_t below_end = end == kGroup ? ~uint64_t(0) : (uint64_t(1) << end) - 1;
+    mask[g] &= begin >= end ? 0 : below_end & ~((uint64_t(1) << begin) - 1);
+  }
+}
+
+// A query hashed: packed signs, and the codes cut out of them.
+struct Hashed {
+  float* query;     // [pairs * group, dim], scaled
+  uint64_t* bits;   // [pairs * group, panels]
+  uint16_t* codes;  // [pairs * group, tables]
+};
+
+void cut_codes(const IndexConfig& index, const uint64_t* bits, uint16_t* codes) {
+  for (int64_t l = 0; l < index.tables; ++l) {
+    const int64_t bit = l * index.bits, shift = bit % 64;
+    const uint64_t low = bits[bit / 64] >> shift, high = shift + index.bits > 64 ? bits[bit / 64 + 1] << (64 - shift) : 0;
+    codes[l] = uint16_t((low | high) & uint64_t(index.buckets() - 1));
+  }
+}
+
+// Draws positions of [begin, end) for the query heads of pair i, and attends to them.
+void sample(Op& op, const Hashed& hashed, int64_t i, int64_t begin, int64_t end, const SoftmaxState& state) {
+  const auto& [config, view, kernels] = std::tie(op.config, op.view, op.kernels);
+  const int64_t b = i / config.kv_heads, h = i % config.kv_heads, group = view.group, dim = view.dim;
+  const bool tables = config.index.kind == IndexKind::tables;
+  const int64_t unit = tables ? kSegment : kGroup, first = begin / unit * unit, groups = (end - first + kGroup - 1) / kGroup;
+  const Index& index = op.index[b];
+  Carver carve(task_scratch.get(groups * kGroup * 5 + kPad * 5 + kQuad * groups * 8 + 2 * kSegment + dim * 4 + 512));
+  int32_t* id = carve.take<int32_t>(groups * kGroup + kPad);
+  uint8_t* drawn = carve.take<uint8_t>(groups * kGroup + kPad);
+  uint64_t* mask = carve.take<uint64_t>(kQuad * groups);
+  uint8_t* counts = carve.take<uint8_t>(2 * kSegment);
+  float* mean = carve.take<float>(dim);
+  for (int64_t head = 0; head < group; head += kQuad) {
+    const int64_t heads = std::min(kQuad, group - head), row = i * group + head;
+    int64_t count;
+    {
+      const Timed timed(kRetrieve);
+      for (int64_t g = 0; g < heads; ++g) {
+        if (tables) {
+          const int64_t s = first / kSegment;
+          const WalkTask walk{index.start(h, s), index.ids(h, s), index.sorted(h, s), config.index.tables, config.index.buckets(),
+                              op.layout.stride(s), end - s * kSegment, hashed.codes + (row + g) * config.index.tables,
+                              config.index.min_collisions, counts, mask + g * groups};
+          if (!kernels.walk(walk)) op.good = false;
+        } else {
+          const int64_t words = config.index.words();
+          kernels.scan({index.signatures(h) + first * words, words, groups, hashed.bits + (row + g) * op.config.index.panels(),
+                        config.max_hamming[h], mask + g * groups});
+        }
+        trim(mask + g * groups, groups, first, begin, end);
+      }
+      if (!op.good) return;
+      count = collect(mask, heads, groups, first, id, drawn);
+    }
+    if (count == 0) continue;
+    std::fill_n(id + count, kPad, id[count - 1]);
+    std::fill_n(drawn + count, kPad, uint8_t(0));
+    const Timed timed(kAttend);
+    for (int64_t from = 0; from < count;) {
+      int64_t until;
+      const int64_t which = index.mean_of(id[from], &until);
+      const int64_t to = std::lower_bound(id + from, id + count, until) - id;
+      for (int64_t d = 0; d < dim; ++d) mean[d] = index.mean(which, h)[d] / view.key_scale(h);
+      // The rows behind a part are the next part's: those that the kernel pads with must not count.
+      uint8_t kept[kPad];
+      std::memcpy(kept, drawn + to, kPad);
+      std::fill_n(drawn + to, kPad, uint8_t(0));
+      kernels.gather(op.call.cache,
+                     {hashed.query + row * dim, heads, dim, view.ring(op.call.past_key, b, h), view.ring(op.call.past_value, b, h),
+                      id + from, drawn + from, to - from, mean, op.tables.log_inclusion[op.tables.of_head[h]].data(), config.softcap},
+                     {state.max + head, state.sum + head, state.acc + head * dim});
+      std::memcpy(drawn + to, kept, kPad);
+      from = to;
+    }
+  }
+}
+
+bool Op::decode() {
+  const int64_t group = view.group, dim = call.head_dim, panels = config.index.panels();
+  for (int64_t i = 0; i < pairs(); ++i) {
+    const int64_t b = i / config.kv_heads, h = i % config.kv_heads, at = call.length[b] * view.row_bytes;
+    view.store_token(b, 0, h, view.ring(call.past_key, b, h) + at, view.ring(call.past_value, b, h) + at,
+                     reinterpret_cast<float*>(task_scratch.get(dim * 4)));
+  }
+  for (int64_t b = 0; b < call.batch; ++b) update(b, target(call.length[b] + 1));
+  if (!good) return false;
+
+  struct Task {
+    int64_t pair, begin, end;
+    bool sampled;
+  };
+  std::vector<Task> task;
+  std::vector<int64_t> first_task;
+  const int64_t dense_below = config.dense_below < 0 ? kDenseBelow : config.dense_below;
+  const bool tabled = config.index.kind == IndexKind::tables;
+  bool any = false;
+  for (int64_t i = 0; i < pairs(); ++i) {
+    const int64_t b = i / config.kv_heads, tokens = call.length[b] + 1;
+    const bool sampled = config.index.kind != IndexKind::exact && tokens >= dense_below && index[b].indexed() > config.sink;
+    const auto split = [&](int64_t from, int64_t to, int64_t step, bool draw) {
+      for (int64_t at = from; at < to; at = (at / step + 1) * step) task.push_back({i, at, std::min(to, (at / step + 1) * step), draw});
+    };
+    first_task.push_back(int64_t(task.size()));
+    any |= sampled;
+    if (sampled) {
+      split(0, config.sink, kExactTokens, false);
+      split(index[b].indexed(), tokens, kExactTokens, false);
+      split(config.sink, index[b].indexed(), tabled ? kSegment : kScanTokens, true);
+    } else {
+      split(0, tokens, kExactTokens, false);
+    }
+  }
+  first_task.push_back(int64_t(task.size()));
+
+  const int64_t rows = pairs() * group, states = int64_t(task.size()) * group;
+  Carver carve(call_scratch.get((states * (dim + 2) + rows * dim) * 4 + rows * (panels * 8 + config.index.tables * 2) + 512));
+  const SoftmaxState all{carve.take<float>(states), carve.take<float>(states), carve.take<float>(states * dim)};
+  Hashed hashed;
+  hashed.query = carve.take<float>(rows * dim);
+  hashed.bits = carve.take<uint64_t>(rows * panels);
+  hashed.codes = carve.take<uint16_t>(rows * config.index.tables);
+  std::unique_ptr<std::atomic<int64_t>[]> left(new std::atomic<int64_t>[size_t(pairs())]);
+  for (int64_t i = 0; i < pairs(); ++i) left[i].store(first_task[i + 1] - first_task[i], std::memory_order_relaxed);
+
+  parallel(pairs(), [&](int64_t i) {
+    const int64_t h = i % config.kv_heads;
+    view.load_query(i / config.kv_heads, 0, h, view.score_scale(h), hashed.query + i * group * dim);
+    if (!any) return;
+    const Timed timed(kHash);
+    kernels.hash({hashed.query + i * group * dim, group, dim, tables.panels.data(), panels, hashed.bits + i * group * panels});
+    if (tabled)
+      for (int64_t r = i * group; r < (i + 1) * group; ++r) cut_codes(config.index, hashed.bits + r * panels, hashed.codes + r * config.index.tables);
+  });
+  parallel(int64_t(task.size()), [&](int64_t t) {
+    const auto [i, begin, end, sampled] = task[t];
+    const int64_t b = i / config.kv_heads, h = i % config.kv_heads;
+    const SoftmaxState state{all.max + t * group, all.sum + t * group, all.acc + t * group * dim};
+    std::fill_n(state.max, group, kNothing);
+    std::fill_n(state.sum, group, 0.f);
+    std::fill_n(state.acc, group * dim, 0.f);
+    if (sampled) {
+      sample(*this, hashed, i, begin, end, state);
+    } else {
+      const Timed timed(kAttend);
+      const char *key = view.ring(call.past_key, b, h), *value = view.ring(call.past_value, b, h);
+      kernels.decode(call.cache, DecodeRun{hashed.query + i * group * dim, group, dim, key + begin * view.row_bytes,
+                                           value + begin * view.row_bytes, end - begin, config.softcap}, state);
+    }
+    if (left[i].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    const int64_t first = first_task[i] * group;
+    const SoftmaxState whole{all.max + first, all.sum + first, all.acc + first * dim};
+    kernels.merge(whole, first_task[i + 1] - first_task[i], group, dim);
+    for (int64_t g = 0; g < group; ++g) view.finish(b, 0, h, g, whole.acc + g * dim, whole.max[g], whole.sum[g]);
+  });
+  return good;
+}
+
+}  // namespace
+
+std::string LshConfig::check() const {
+  const auto range = [](const char* name, int64_t got, int64_t low, int64_t high) {
+    if (got >= low && got <= high) return std::string();
+    return std::string(name) + " is " + text(got) + "; allowed are " + text(low) + " to " + text(high);
+  };
+  std::string wrong = SpanConfig{heads, kv_heads, std::vector<int64_t>(size_t(std::max<int64_t>(kv_heads, 0)), INT32_MAX), sink, scale, softcap}.check();
+  if (wrong.empty()) wrong = range("sink", sink, 0, kSegment);
+  if (wrong.empty()) wrong = range("window", window, 1, INT32_MAX);
+  if (wrong.empty()) wrong = range("dense_below", dense_below, -1, INT32_MAX);
+  if (index.kind == IndexKind::tables) {
+    if (wrong.empty()) wrong = range("bits", index.bits, 1, 15);
+    if (wrong.empty()) wrong = range("tables", index.tables, 1, 1024);
+    if (wrong.empty()) wrong = range("min_collisions", index.min_collisions, 1, std::min<int64_t>(4, index.tables));
+  }
+  if (index.kind == IndexKind::signature && wrong.empty()) {
+    const int64_t bits = index.signature_bits;
+    if (bits != 64 && bits != 128 && bits != 256) return "signature_bits is " + text(bits) + "; allowed are 64, 128 and 256";
+    if (int64_t(max_hamming.size()) != kv_heads)
+      return "max_hamming has " + text(int64_t(max_hamming.size())) + " entries; kv_num_heads is " + text(kv_heads);
+    for (int64_t most : max_hamming)
+      if (wrong.empty()) wrong = range("max_hamming", most, 0, bits);
+  }
+  return wrong;
+}
+
+LshTables::LshTables(const LshConfig& config, const float* projection, int64_t dim) : of_head(size_t(config.kv_heads), 0) {
+  if (config.index.kind == IndexKind::exact) return;
+  const int64_t columns = config.index.columns(), count = config.index.panels();
+  panels.assign(size_t(count * dim * kColumns), 0.f);
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t d = 0; d < dim; ++d) panels[size_t((c / kColumns * dim + d) * kColumns + c % kColumns)] = projection[d * columns + c];
+  std::vector<int64_t> known;
+  for (int64_t h = 0; h < config.kv_heads; ++h) {
+    const int64_t most = config.index.kind == IndexKind::signature ? config.max_hamming[size_t(h)] : 0;
+    const auto found = std::find(known.begin(), known.end(), most);
+    of_head[size_t(h)] = found - known.begin();
+    if (found == known.end()) known.push_back(most), log_inclusion.push_back(attnspan::log_inclusion(config.index, most));
+  }
+}
+
+uint64_t fingerprint(const float* projection, int64_t count) {
+  uint64_t hash = 0xcbf29ce484222325;  // FNV-1a
+  const auto* bytes = reinterpret_cast<const unsigned char*>(projection);
+  for (int64_t i = 0; i < count * 4; ++i) hash = (hash ^ bytes[i]) * 0x100000001b3;
+  return hash;
+}
+
+int64_t state_bytes(const LshConfig& config, int64_t dim, int64_t capacity) {
+  return IndexLayout(config.index, config.kv_heads, dim, capacity).bytes;
+}
+
+std::string open_states(const LshConfig& config, const SpanCall& call, int64_t capacity, void* state) {
+  const IndexLayout layout(config.index, config.kv_heads, call.head_dim, capacity);
+  for (int64_t b = 0; b < call.batch; ++b) {
+    const int64_t length = call.length[b];
+    if (length < 0 || length + call.tokens > capacity)
+      return "length of row " + text(b) + " is " + text(length) + " and the call adds " + text(call.tokens) +
+             "; the caches hold " + text(capacity) + " tokens a head: export with a larger --n-max";
+    const std::string wrong = Index(config.index, layout, config.sink, static_cast<char*>(state) + b * layout.bytes).open(length);
+    if (!wrong.empty()) return "row " + text(b) + ": " + wrong;
+  }
+  return "";
+}
+
+bool lsh_attention(const LshConfig& config, const SpanCall& given, int64_t capacity, void* state, const LshTables& tables,
+                   const Kernels& kernels, const Parallel& parallel) {
+  if (given.batch == 0 || given.tokens == 0) return true;
+  const std::vector<int32_t> spans(size_t(given.batch * config.kv_heads), int32_t(capacity));
+  const SpanConfig span{config.heads, config.kv_heads, std::vector<int64_t>(size_t(config.kv_heads), capacity), config.sink, config.scale,
+                        config.softcap};
+  SpanCall call = given;
+  call.span = spans.data();
+  const CallView view(span, call, kernels);
+  Op op(config, call, view, tables, kernels, parallel, capacity, state);
+  if (call.tokens == 1) return op.decode();
+  span_attention(span, call, kernels, parallel);
+  for (int64_t b = 0; b < call.batch; ++b) op.update(b, op.target(call.length[b] + call.tokens));
+  return op.good;
+}
+
+void lsh_profile(int64_t* out, bool reset) {
+  for (int i = 0; i < 4; ++i) out[i] = reset ? spent[i].exchange(0) : spent[i].load();
+}
+
+}  // namespace attnspan

@@ -1,0 +1,116 @@
+// LshAttention towards ONNX Runtime.
+#pragma once
+
+#include <memory>
+
+#include "lsh.h"
+#include "ort_op.h"
+
+namespace {
+
+class LshKernel : NodeKernel {
+ public:
+  LshKernel(const OrtKernelInfo* raw, DType activation, DType cache) : NodeKernel("LshAttention", activation, cache) {
+    Ort::ConstKernelInfo info(raw);
+    config_.heads = info.GetAttribute<int64_t>("num_heads");
+    config_.kv_heads = info.GetAttribute<int64_t>("kv_num_heads");
+    config_.sink = optional(info, "sink", int64_t(64));
+    config_.window = optional(info, "window", int64_t(64));
+    config_.scale = optional(info, "scale", 0.f);
+    config_.softcap = optional(info, "softcap", 0.f);
+    config_.dense_below = optional(info, "dense_below", int64_t(-1));
+    config_.index.layer = optional(info, "layer", int64_t(0));
+    config_.index.identity = optional(info, "identity", int64_t(0));
+    const auto kind = info.GetAttribute<std::string>("index");
+    if (kind == "tables") {
+      config_.index.kind = attnspan::IndexKind::tables;
+      config_.index.bits = info.GetAttribute<int64_t>("bits");
+      config_.index.tables = info.GetAttribute<int64_t>("tables");
+      config_.index.min_collisions = optional(info, "min_collisions", int64_t(2));
+    } else if (kind == "signature") {
+      config_.index.kind = attnspan::IndexKind::signature;
+      config_.index.signature_bits = info.GetAttribute<int64_t>("signature_bits");
+      config_.max_hamming = info.GetAttributes<int64_t>("max_hamming");
+    } else if (kind != "exact") {
+      fail("index is '" + kind + "'; allowed are tables, signature and exact");
+    }
+    const std::string wrong = config_.check();
+    if (!wrong.empty()) fail(wrong);
+    if (kind == "exact") {
+      tables_ = std::make_unique<attnspan::LshTables>(config_, nullptr, 0);
+      return;
+    }
+    int constant = 0;
+    const Ort::ConstValue projection = info.GetTensorConstantInput(7, &constant);
+    if (!constant || !projection) fail("projection must be a constant of the graph");
+    const std::vector<int64_t> shape = shape_of(projection);
+    if (shape.size() != 2 || shape[0] < 1 || shape[1] != config_.index.columns())
+      fail("projection has shape " + text(shape) + "; it must be [head_dim, " + std::to_string(config_.index.columns()) + "]");
+    dim_ = shape[0];
+    const float* data = projection.GetTensorData<float>();
+    config_.index.projection = attnspan::fingerprint(data, shape[0] * shape[1]);
+    tables_ = std::make_unique<attnspan::LshTables>(config_, data, dim_);
+  }
+
+  OrtStatusPtr ComputeV2(OrtKernelContext* raw) {
+    return guarded([&] { compute(raw); });
+  }
+
+ private:
+  void compute(OrtKernelContext* raw) const {
+    Ort::KernelContext context(raw);
+    attnspan::SpanCall call{};
+    const std::vector<int64_t> q = read_chunk(context, config_.heads, config_.kv_heads, call);
+    if (dim_ && call.head_dim != dim_)
+      fail("head_dim is " + std::to_string(call.head_dim) + "; the projection was made for " + std::to_string(dim_));
+    const auto past_key = context.GetInput(kPastKey), past_value = context.GetInput(kPastValue), past_state = context.GetInput(5),
+               length = context.GetInput(6);
+    const std::vector<int64_t> given = shape_of(past_key);
+    if (given.size() != 3 || given[1] % config_.kv_heads != 0 || given[1] / config_.kv_heads <= config_.sink || given[1] > INT32_MAX)
+      fail("past_key has shape " + text(given) + "; it must be [batch, slots, head_dim] with as many slots for each of " +
+           std::to_string(config_.kv_heads) + " KV heads, more than sink (" + std::to_string(config_.sink) + ")");
+    const int64_t capacity = given[1] / config_.kv_heads;
+    const std::vector<int64_t> cache{call.batch, given[1], call.head_dim};
+    expect("past_key", past_key, cache);
+    expect("past_value", past_value, cache);
+    expect("past_state", past_state, {call.batch, attnspan::state_bytes(config_, call.head_dim, capacity)});
+    expect("length", length, {call.batch});
+    read_scales(context, 8, config_.kv_heads, call);
+    call.length = length.GetTensorData<int32_t>();
+    call.output = context.GetOutput(0, q).GetTensorMutableRawData();
+    call.past_key = present(context, 1, past_key, attnspan::size_of(cache_));
+    call.past_value = present(context, 2, past_value, attnspan::size_of(cache_));
+    void* state = present(context, 3, past_state, 1);
+    bind_lse(context, 4, config_.heads, call);
+    const std::string wrong = open_states(config_, call, capacity, state);
+    if (!wrong.empty()) fail(wrong);
+    Pool pool{context};
+    if (!attnspan::lsh_attention(config_, call, capacity, state, *tables_, *kernels_, {Pool::run, &pool}))
+      fail("past_state is damaged: its tables are out of order; give the state of this layer, or zeros");
+  }
+
+  attnspan::LshConfig config_;
+  std::unique_ptr<attnspan::LshTables> tables_;
+  int64_t dim_ = 0;
+};
+
+struct LshOp : CacheOp<LshOp, LshKernel, 3> {
+  using CacheOp::CacheOp;
+
+  const char* GetName() const { return "LshAttention"; }
+  size_t GetInputTypeCount() const { return 10; }
+  ONNXTensorElementDataType GetInputType(size_t i) const {
+    if (i < 3) return onnx_type(activation);
+    if (i < 5) return onnx_type(cache);
+    return i == 5 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : i == 6 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const { return i < 7 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL; }
+  size_t GetOutputTypeCount() const { return 5; }
+  ONNXTensorElementDataType GetOutputType(size_t i) const {
+    if (i == 0) return onnx_type(activation);
+    return i < 3 ? onnx_type(cache) : i == 3 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+  OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t i) const { return i < 4 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL; }
+};
+
+}  // namespace
