@@ -13,7 +13,7 @@ import numpy as np
 from attnspan.calibration.tasks.base import digits, hide
 from attnspan.calibration.texts import TextSource
 
-__all__ = ["KINDS", "Ask", "Document"]
+__all__ = ["KINDS", "WEIGHTS", "Ask", "Document"]
 
 FACTS = 6
 COPIES = 4
@@ -21,6 +21,8 @@ RECORDS = (8, 24)
 """Fewest and most records of a list."""
 ASKED_RECORDS = 4
 PROSE_TOKENS = 256
+WEIGHTS = {"prose": 2.0}
+"""What a document counts in the losses; 1 if not here. Retrieval is so much more sensitive that prose would hardly be heard."""
 COPY_WORDS, COPY_TOKENS = 8, 16
 """Words quoted of a sentence, and the most tokens asked for of what follows them."""
 

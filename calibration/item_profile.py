@@ -23,7 +23,7 @@ class ItemProfile:
 
     joint float64 [layers, kv_heads, blocks + 1]: rise of the loss, signed, when a head's span becomes that many blocks of 64
     tokens, against the span in force (all zeros at that span). entry: sum of |E_ij| over what a span drops, dense profiles only,
-    else None.
+    else None. weight: what the item counts among those of its length.
     """
 
     item: str
@@ -31,10 +31,13 @@ class ItemProfile:
     loss: float
     joint: Curve
     entry: Curve | None = None
+    weight: float = 1.0
 
     def save(self, path: Path) -> None:
         """Write one .npz, whole."""
-        values: dict[str, Any] = {"item": self.item, "length": self.length, "loss": self.loss, "joint": self.joint}
+        values: dict[str, Any] = {
+            "item": self.item, "length": self.length, "loss": self.loss, "joint": self.joint, "weight": self.weight,
+        }  # fmt: skip
         if self.entry is not None:
             values["entry"] = self.entry
         buffer = io.BytesIO()
@@ -47,7 +50,8 @@ class ItemProfile:
         try:
             with np.load(path, allow_pickle=False) as data:
                 entry = data.get("entry")
-                return cls(str(data["item"]), int(data["length"]), float(data["loss"]), data["joint"], entry)
+                weight = float(data["weight"])
+                return cls(str(data["item"]), int(data["length"]), float(data["loss"]), data["joint"], entry, weight)
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise UserError(f"{path} is no profile of an item ({error}); delete it and run the command again") from None
 

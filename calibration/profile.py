@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attnspan.calibration.attention import Setting, attention
+from attnspan.calibration.corpus_kinds import WEIGHTS
 from attnspan.calibration.influence import blocks_of, entry_rise, joint_rise
 from attnspan.calibration.item_profile import Curve, ItemProfile
 from attnspan.calibration.items import Item
@@ -66,7 +67,7 @@ def profile_item(model: Any, item: Item, plan: Plan | None = None, entries: bool
             raise UserError(f"the loss of item {item.id} ({item.kind}, {len(tokens)} tokens) is {loss.item()}: must be a number; "
                             "try --dtype fp32, or remove the item from --data")  # fmt: skip
         torch.autograd.grad(loss, embedded)
-    return ItemProfile(item.id, item.length, loss.item(), sums.joint, sums.entry)
+    return ItemProfile(item.id, item.length, loss.item(), sums.joint, sums.entry, WEIGHTS.get(item.kind, 1.0))
 
 
 def _checkpoint(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Caches and the buffers that ONNX Runtime reads and writes in place."""
+"""Caches, states and the buffers that ONNX Runtime reads and writes in place."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from attnspan.runtime.artefact import Artefact
+from attnspan.runtime.memory import zeros
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
 __all__ = ["Caches", "StepBuffers"]
 
-_ALIGN = 64
-"""Bytes: a cache line, and the widest vector load."""
 # numpy has no bfloat16; the buffers hold its bits. Numbers are onnx.TensorProto.DataType.
 _TYPES: dict[str, tuple[type[np.generic], int]] = {
     "float32": (np.float32, 1),
@@ -23,11 +22,11 @@ _TYPES: dict[str, tuple[type[np.generic], int]] = {
     "bfloat16": (np.uint16, 16),
     "int8": (np.int8, 3),
 }
-_FLOAT32, _INT32, _INT64 = 1, 6, 7
+_FLOAT32, _UINT8, _INT32, _INT64 = 1, 2, 6, 7
 
 
 class Caches:
-    """Key and value caches of all layers, allocated once: one array [batch, slots, head_dim] each.
+    """Key and value caches, [batch, slots, head_dim], and states, [batch, bytes], of all attention ops, allocated once.
 
     The same memory is bound as past and as present: the op library updates it in place. The function bodies
     may write a present before they read the past, so without the library presents get arrays of their own,
@@ -35,25 +34,48 @@ class Caches:
     """
 
     def __init__(self, artefact: Artefact, batch: int, in_place: bool) -> None:
-        dtype, self.onnx_type = _TYPES[artefact.cache_dtype]
-        shapes = [(batch, slots, artefact.head_dim) for slots in artefact.slots for _ in ("key", "value")]
-        self.names = [f"{kind}.{layer}" for layer in range(artefact.layers) for kind in ("key", "value")]
-        self.past = [_aligned_zeros(shape, dtype) for shape in shapes]
-        self.present = self.past if in_place else [_aligned_zeros(shape, dtype) for shape in shapes]
+        dtype, onnx_type = _TYPES[artefact.cache_dtype]
+        self.names: list[str] = []
+        self.past: list[npt.NDArray[Any]] = []
+        self._capacity: list[tuple[int, ...]] = []  # slots of each head; none for a state
+        for part in artefact.parts:
+            for kind in ("key", "value"):
+                self.names.append(f"{kind}.{part.name}")
+                self.past.append(zeros((batch, part.slots, artefact.head_dim), dtype))
+                self._capacity.append(part.capacity)
+            if part.lsh is not None:
+                self.names.append(f"state.{part.name}")
+                self.past.append(zeros((batch, part.state_bytes(artefact.head_dim)), np.uint8))
+                self._capacity.append(())
+        self._types = [onnx_type if capacity else _UINT8 for capacity in self._capacity]
+        self.present = self.past if in_place else [zeros(array.shape, array.dtype) for array in self.past]
 
     def bind(self, binding: ort.IOBinding, start: int, count: int) -> None:
-        """Bind rows [start, start + count) as past and present keys and values of each layer."""
-        for name, past, present in zip(self.names, self.past, self.present, strict=True):
+        """Bind rows [start, start + count) as the pasts and presents of each op."""
+        for name, kind, past, present in zip(self.names, self._types, self.past, self.present, strict=True):
             shape = (count, *past.shape[1:])
             past_at, present_at = (a[start : start + count].ctypes.data for a in (past, present))
-            binding.bind_input(f"past_{name}", "cpu", 0, self.onnx_type, shape, past_at)
-            binding.bind_output(f"present_{name}", "cpu", 0, self.onnx_type, shape, present_at)
+            binding.bind_input(f"past_{name}", "cpu", 0, kind, shape, past_at)
+            binding.bind_output(f"present_{name}", "cpu", 0, kind, shape, present_at)
 
     def settle(self, start: int, count: int) -> None:
         """After a run on rows [start, start + count): make their present the past. Nothing to do in place."""
         if self.present is not self.past:
             for past, present in zip(self.past, self.present, strict=True):
                 past[start : start + count] = present[start : start + count]
+
+    def views(self, row: int, length: int) -> list[tuple[str, npt.NDArray[Any]]]:
+        """The memory that a row of `length` tokens has in use, in contiguous views by name: slots of each head, whole states."""
+        found: list[tuple[str, npt.NDArray[Any]]] = []
+        for name, array, capacities in zip(self.names, self.past, self._capacity, strict=True):
+            if not capacities and length:
+                found.append((name, array[row]))
+            first = 0
+            for capacity in capacities:
+                # A ring is filled from its first slot on, so that what is in use is at its beginning.
+                found.append((name, array[row, first : first + min(length, capacity)]))
+                first += capacity
+        return found
 
 
 class StepBuffers:
@@ -92,10 +114,3 @@ class StepBuffers:
         """Run the model on what the buffers hold."""
         self._session.run_with_iobinding(self._binding)
         self._caches.settle(*self._rows)
-
-
-def _aligned_zeros(shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[Any]:
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.zeros(size + _ALIGN, dtype=np.uint8)
-    skip = -raw.ctypes.data % _ALIGN
-    return raw[skip : skip + size].view(dtype).reshape(shape)

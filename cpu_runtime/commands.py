@@ -27,9 +27,10 @@ def register(subparsers: Any) -> None:
     _register_run(subparsers)
     bench = subparsers.add_parser("bench", help="measure speed and memory", allow_abbrev=False)
     what = bench.add_subparsers(dest="what", metavar="WHAT", required=True)
-    from attnspan.cpu_runtime import bench_attention, bench_generate
+    from attnspan.cpu_runtime import bench_attention, bench_generate, bench_lsh
 
     bench_attention.register(what)
+    bench_lsh.register(what)
     bench_generate.register(what)
 
 
@@ -58,6 +59,8 @@ def _register_run(subparsers: Any) -> None:
     library = parser.add_mutually_exclusive_group()
     library.add_argument("--library", metavar="FILE", type=Path, help="op library to use (default: the installed one)")
     library.add_argument("--no-library", action="store_true", help="run attention as standard ONNX: slow")
+    parser.add_argument("--load", metavar="FILE", type=Path, help="go on from what --save wrote; needs --raw")
+    parser.add_argument("--save", metavar="FILE", type=Path, help="at the end, write caches and indexes to this file")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     parser.set_defaults(run=_run)
 
@@ -79,10 +82,14 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError("--raw leaves out the chat template: give it without --chat and --system")
     if args.chat and args.json:
         raise UserError("--json prints one answer: give it without --chat")
+    if args.load is not None and not args.raw:
+        raise UserError("--load goes on with the text as it is: add --raw")
     text = None if args.chat else _prompt(args)
     from attnspan.cpu_runtime.session import Session
 
     session = Session(args.artefact, threads=args.threads, use_library=not args.no_library, library=args.library)
+    if args.load is not None:
+        session.load(args.load)
     if args.chat:
         return _converse(session, args, sampling)
     prompt: Prompt
@@ -93,6 +100,8 @@ def _run(args: argparse.Namespace) -> int:
     else:
         prompt = [*_system(args), {"role": "user", "content": str(text)}]
     result = _answer(session, prompt, args, sampling, show=not args.json)
+    if args.save is not None:
+        session.save(args.save)
     figures = _figures(session, result)
     if args.json:
         print(json.dumps({"text": result.text, "tokens": result.tokens, **figures}, ensure_ascii=False))
@@ -130,6 +139,8 @@ def _converse(session: Session, args: argparse.Namespace, sampling: Sampling) ->
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
+            if args.save is not None:
+                session.save(args.save)
             return 0
         if not line.strip():
             continue
@@ -196,6 +207,7 @@ def _figures(session: Session, result: Generation) -> dict[str, Any]:
         "ttft_seconds": result.ttft,
         "tokens_per_second": result.tokens_per_second,
         "kv_bytes": session.kv_bytes,
+        "state_bytes": session.state_bytes,
         "dense_kv_bytes": session.artefact.dense_kv_bytes(session.batch),
         "n_max": session.artefact.n_max,
         "peak_rss_bytes": peak_rss_bytes(),
@@ -205,11 +217,12 @@ def _figures(session: Session, result: Generation) -> dict[str, Any]:
 
 
 def _line(figures: dict[str, Any]) -> str:
+    indexes = f"indexes {figures['state_bytes'] / 1e6:.1f} MB, " if figures["state_bytes"] else ""
     speed = f" at {figures['tokens_per_second']:.1f} tokens/s" if figures["new_tokens"] > 1 else ""
     return (
         f"[prompt {figures['prompt_tokens']} tokens, first token after {figures['ttft_seconds']:.2f} s, "
         f"{figures['new_tokens']} new{speed}, "
         f"KV {figures['kv_bytes'] / 1e6:.1f} MB of {figures['dense_kv_bytes'] / 1e6:.1f} MB dense "
-        f"for {figures['n_max']} tokens, "
+        f"for {figures['n_max']} tokens, {indexes}"
         f"peak RSS {figures['peak_rss_bytes'] / 1e6:.0f} MB]"
     )

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from attnspan.export.source import Source
 from attnspan.planner.hf_config import with_sparse_attention
+from attnspan.planner.parts import plan_parts
 from attnspan.planner.plan import Plan
 
 SCHEMA = 1
@@ -57,6 +58,7 @@ def write_companions(folder: Path, source: Source, plan: Plan, library: Path | N
 def describe(folder: Path, source: Source, plan: Plan, cache_dtype: ir.DataType, library: Path | None) -> dict[str, Any]:
     """The content of attnspan.json for a folder that holds all other files."""
     shape = source.shape
+    assert shape.head_dim is not None  # a config has it
     return {
         "schema": SCHEMA,
         "target": "cpu",
@@ -71,6 +73,7 @@ def describe(folder: Path, source: Source, plan: Plan, cache_dtype: ir.DataType,
         "vocab_size": source.config["vocab_size"],
         "sink": plan.sink,
         "capacity": plan.capacities().tolist(),
+        "attention": [part.describe(shape.head_dim) for part in plan_parts(plan)],
         "op_library": library.name if library else None,
         "versions": _versions(),
         "files": {file.name: _fingerprint(file) for file in sorted(folder.iterdir()) if file.name != DESCRIPTION},

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 def summary(done: Exported, cache_dtype: str) -> str:
     """What was written, what it costs and how long it took, as text."""
     from attnspan.export.verify import text
-    from attnspan.planner.cost import allocated_bytes, dense_slots, format_bytes, slot_bytes
+    from attnspan.planner.cost import allocated_bytes, dense_slots, format_bytes, slot_bytes, state_bytes
 
     plan = done.plan
     each = slot_bytes(plan, cache_dtype)
@@ -83,6 +83,8 @@ def summary(done: Exported, cache_dtype: str) -> str:
     lines = [f"{done.folder}: {plan.model.id} for {done.description['target']}, up to {plan.n_max} tokens"]
     lines += [f"  {name:24} {format_bytes(file['bytes']):>10}" for name, file in done.description["files"].items()]
     lines += [f"KV cache of one text of {plan.n_max} tokens ({cache_dtype}): {format_bytes(kept)}, dense {format_bytes(dense)}"]
+    if state_bytes(plan) != 0:
+        lines.append(f"indexes of sampled heads of one text of {plan.n_max} tokens: {format_bytes(state_bytes(plan))}")
     if "verify" in done.description:
         lines.append(text(done.description["verify"]))
     lines += [f"{'stage':14} {'seconds':>8} {'peak memory':>12}"]

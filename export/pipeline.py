@@ -16,9 +16,11 @@ from attnspan.export.rewrite.cpu import rewrite_cpu
 from attnspan.export.source import Source, open_source
 from attnspan.export.stages import Stages
 from attnspan.export.verify import require_torch, verify
+from attnspan.planner.cost import allocated_bytes, state_bytes
 from attnspan.planner.errors import UserError
 from attnspan.planner.plan import Plan
 from attnspan.planner.uniform import uniform
+from attnspan.runtime.memory import check_indexes_fit
 
 CACHE_DTYPES = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
 DEFAULT_N_MAX = 8192
@@ -63,7 +65,12 @@ def export_model(options: Options) -> Exported:
         source = first_layers(open_source(options.model), options.num_layers)
         plan = choose_plan(source, options.plan, options.density, options.n_max)
         model = build(source.config, source.weights, plan.n_max)
-        rewrite_cpu(model, plan, cache_dtype)
+        rewrite_cpu(model, plan, cache_dtype, source.shape)
+        if options.verify_tokens is not None:
+            whole = dataclasses.replace(plan, model=source.shape)  # plans need not know the size of a head
+            kv, states = allocated_bytes(whole, options.cache_dtype), state_bytes(whole)
+            fix = "add --no-verify when it will run on another machine, or"
+            check_indexes_fit(kv or 0, states or 0, f"one row of {plan.n_max} tokens", fix)
         check_destination(options.out, options.overwrite, artefact.disk_bytes(model, options.library))
         if options.verify_tokens is not None:
             require_torch()
@@ -101,9 +108,6 @@ def choose_plan(source: Source, file: Path | None, density: float | None, n_max:
         plan = uniform(source.shape, 0.5 if density is None else density, n_max)
     if limit is not None and plan.n_max > limit:
         raise UserError(f"n_max is {plan.n_max}; MODEL allows up to {limit} (max_position_embeddings); change --n-max")
-    modes = {rule.mode for layer in plan.rules for rule in layer}
-    if "lsh" in modes:
-        raise UserError("the plan has heads of mode 'lsh'; target cpu takes span and dense heads; change --plan")
     return plan
 
 

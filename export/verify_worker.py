@@ -54,7 +54,7 @@ def _text_tokens(artefact: Artefact, count: int) -> list[int]:
 
 def _run(artefact: Artefact, prompts: list[list[int]], generated: int, bar: tqdm) -> tuple[list[np.ndarray], list[list[int]]]:
     """Prefill each row, decode all together; logits [kept + generated, vocab] and generated tokens of each row."""
-    session = Session(artefact, batch=len(prompts), use_library=artefact.library is not None)
+    session = Session(artefact, batch=len(prompts), use_library=artefact.library is not None, check_memory=False)
     room = [min(len(prompt), MAX_LOGITS // artefact.vocab_size) for prompt in prompts]
     logits = [np.empty((keep + generated, artefact.vocab_size), np.float32) for keep in room]
     for row, (prompt, keep) in enumerate(zip(prompts, room, strict=True)):
@@ -79,28 +79,32 @@ def _spans(plan: Plan, prompt: int, generated: int) -> torch.Tensor:
 def _row(
     got: np.ndarray, reference: TorchReference, hidden: torch.Tensor, new: list[int], prompt: int, artefact: Artefact
 ) -> Row:
-    """Compare logits [compared, vocab] with those of the reference's hidden states [compared, features]."""
-    largest, total, top = np.empty(len(got), np.float32), 0.0, 0.0
+    """Compare logits [positions, vocab] with those of the reference's hidden states [positions, features]."""
+    largest, means, top = np.empty(len(got), np.float32), np.empty(len(got), np.float64), 0.0
     for first in range(0, len(got), POSITIONS):
         some = slice(first, first + POSITIONS)
         expected = reference.logits(hidden[some]).numpy()
         difference = np.abs(got[some] - expected)
         largest[some] = difference.max(1)
-        total += float(difference.sum(dtype=np.float64))
+        means[some] = difference.mean(1, dtype=np.float64)
         top = max(top, float(np.abs(expected).max()))
     choices = reference.logits(hidden[-len(new) - 1 : -1]).numpy()  # after which the new tokens were chosen
     below = choices.max(1) - choices[np.arange(len(new)), new]
+    sampled = len(new) if artefact.library is not None and artefact.may_sample(prompt + len(new)) else 0
+    compared = len(got) - sampled
     return Row(
         prompt=prompt,
         generated=len(new),
-        compared=len(got),
-        max_diff=float(largest.max()),
-        p99_diff=float(np.quantile(largest, 0.99)),
-        mean_diff=total / got.size,
+        compared=compared,
+        max_diff=float(largest[:compared].max()),
+        p99_diff=float(np.quantile(largest[:compared], 0.99)),
+        mean_diff=float(means[:compared].mean()),
         max_logit=top,
         exact_tokens=int((below <= 0).sum()),
         same_tokens=int((below <= TOLERANCE[artefact.cache_dtype].p99 * top).sum()),
         wrapped=int((artefact.plan.capacities() < prompt + len(new)).sum()),
+        sampled=sampled,
+        sampled_diff=float(means[compared:].mean()) if sampled else 0.0,
     )
 
 

@@ -1,4 +1,4 @@
-"""The verbs `attnspan plan` (uniform, import) and `attnspan inspect`."""
+"""The verbs `attnspan plan` (uniform, lsh, import) and `attnspan inspect`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def register(
     """
     plan = subparsers.add_parser("plan", help="make a plan: what every KV head keeps", allow_abbrev=False, description=_PLAN)
     kinds = plan.add_subparsers(dest="kind", metavar="KIND", required=True)
-    for parser in (_register_uniform(kinds), _register_import(kinds)):
+    from attnspan.planner import lsh_command
+
+    for parser in (_register_uniform(kinds), lsh_command.register(kinds), _register_import(kinds)):
         parser.set_defaults(read_model=read_model)
     _register_inspect(subparsers)
     return kinds
@@ -56,8 +58,7 @@ def _register_uniform(kinds: Subparsers[argparse.ArgumentParser]) -> argparse.Ar
         default=0.0,
         help="space the KV heads of each layer evenly over density - SPREAD to density + SPREAD (default 0)",
     )
-    parser.add_argument("--layers", type=int, help="layers of the model, when there is no --model")
-    _add_shape(parser)
+    add_shape(parser, layers=True)
     parser.set_defaults(run=run_uniform)
     return parser
 
@@ -76,12 +77,15 @@ def _register_import(kinds: Subparsers[argparse.ArgumentParser]) -> argparse.Arg
         metavar="{max,mean}",
         help="rule of a group of query heads: that of the member that keeps most, or the mean (default max)",
     )
-    _add_shape(parser)
+    add_shape(parser)
     parser.set_defaults(run=run_import)
     return parser
 
 
-def _add_shape(parser: argparse.ArgumentParser) -> None:
+def add_shape(parser: argparse.ArgumentParser, layers: bool = False) -> None:
+    """Add the options that say what model a plan is for, how long its texts get and where the plan goes."""
+    if layers:
+        parser.add_argument("--layers", type=int, help="layers of the model, when there is no --model")
     parser.add_argument("--model", metavar="MODEL", help="take the shape from this Hugging Face folder, .gguf file or hub id")
     parser.add_argument("--heads", type=int, help="query heads a layer")
     parser.add_argument("--kv-heads", type=int, help="KV heads a layer")
@@ -125,6 +129,15 @@ def _shape_from_model(args: argparse.Namespace) -> ModelShape | None:
     return shape
 
 
+def read_shape(args: argparse.Namespace) -> ModelShape:
+    """The shape that the options of `add_shape` with layers describe; `--n-max` gets its default."""
+    shape = _shape_from_model(args)
+    if shape is None:
+        _need(args, "layers", "heads", "kv_heads")
+        shape = ModelShape("unknown", args.layers, args.heads, args.kv_heads, args.head_dim)
+    return shape
+
+
 def _need(args: argparse.Namespace, *names: str) -> None:
     missing = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is None]
     if missing:
@@ -135,11 +148,7 @@ def run_uniform(args: argparse.Namespace) -> int:
     """`attnspan plan uniform`: write a plan with the same density for every head."""
     from attnspan.planner.uniform import uniform
 
-    shape = _shape_from_model(args)
-    if shape is None:
-        _need(args, "layers", "heads", "kv_heads")
-        shape = ModelShape("unknown", args.layers, args.heads, args.kv_heads, args.head_dim)
-    return _write(uniform(shape, args.density, args.n_max, args.spread), args.output)
+    return write(uniform(read_shape(args), args.density, args.n_max, args.spread), args.output)
 
 
 def run_import(args: argparse.Namespace) -> int:
@@ -163,11 +172,12 @@ def run_import(args: argparse.Namespace) -> int:
         )
         plan.check_model(shape)
     print("\n".join(report.lines()))
-    return _write(plan, args.output)
+    return write(plan, args.output)
 
 
-def _write(plan: Plan, output: Path) -> int:
-    from attnspan.planner.cost import allocated_bytes, dense_slots, format_bytes, slot_bytes
+def write(plan: Plan, output: Path) -> int:
+    """Save a plan and print what it keeps; the exit status."""
+    from attnspan.planner.cost import allocated_bytes, dense_slots, format_bytes, index_table, slot_bytes, state_bytes
 
     plan.save(output)
     print(f"{output}: {plan.model.id}, {plan.model.layers} layers, {plan.model.kv_heads} KV heads", end=", ")
@@ -176,6 +186,10 @@ def _write(plan: Plan, output: Path) -> int:
     if each is not None:
         kept, dense = allocated_bytes(plan, "bf16"), each * dense_slots(plan, plan.n_max)
         print(f"KV cache of one sequence (bf16): {format_bytes(kept)}, dense {format_bytes(dense)}")
+    for index in index_table(plan):
+        print(f"index {index['index']}: {index['kv_heads']} KV heads, {index['bytes_per_token']:g} B a token and KV head")
+    if state_bytes(plan):
+        print(f"indexes of one sequence: {format_bytes(state_bytes(plan))}")
     return 0
 
 

@@ -1,13 +1,18 @@
-"""What a plan costs: slots and bytes of KV cache, kept and dense, by context length."""
+"""What a plan costs: slots and bytes of KV cache, kept and dense, and bytes of indexes, by context length."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from attnspan.planner.errors import UserError
+from attnspan.planner.lsh import index_bytes_per_token
+from attnspan.planner.parts import plan_parts
 from attnspan.planner.plan import Plan
 
 CACHE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
@@ -18,7 +23,8 @@ CACHE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 class CostRow:
     """Cost at length n: slots over all layers and KV heads, bytes of keys and values over the batch.
 
-    Bytes are None when the plan does not know head_dim.
+    state_bytes: of the indexes of sampled heads, which come on top of the kept bytes. Bytes are None when the plan does not know
+    head_dim.
     """
 
     n: int
@@ -27,6 +33,7 @@ class CostRow:
     dense_slots: int
     kept_bytes: int | None
     dense_bytes: int | None
+    state_bytes: int | None
 
 
 def kept_slots(plan: Plan, n: int) -> int:
@@ -49,10 +56,40 @@ def slot_bytes(plan: Plan, dtype: str) -> int | None:
 def allocated_bytes(plan: Plan, dtype: str, batch: int = 1) -> int | None:
     """Bytes of the caches of an artefact built for n_max: all capacities, rounding included.
 
-    A head of mode lsh counts with its full-length cache; its index is not counted. None without head_dim.
+    A head of mode lsh counts with its full-length cache; its index is not in it: see `state_bytes`. None without head_dim.
     """
     each = slot_bytes(plan, dtype)
     return None if each is None else batch * each * int(plan.capacities().astype(np.int64).sum())
+
+
+def state_bytes(plan: Plan, batch: int = 1, n: int | None = None) -> int | None:
+    """Bytes of the indexes of sampled heads, over all layers, in an artefact built for n (default n_max) tokens.
+
+    0 without sampled heads, None without head_dim.
+    """
+    parts = [part for part in plan_parts(plan) if part.lsh is not None]
+    if not parts:
+        return 0
+    if plan.model.head_dim is None:
+        return None
+    if n is not None:
+        room = int(plan.spans(n).max())  # that of a sampled head, which keeps every token
+        parts = [dataclasses.replace(part, capacity=(room,) * len(part.heads)) for part in parts]
+    return batch * sum(part.state_bytes(plan.model.head_dim) for part in parts)
+
+
+def index_table(plan: Plan) -> list[dict[str, Any]]:
+    """The kinds of index that a plan has: parameters, KV heads over all layers, bytes for each token of a KV head at n_max."""
+    names = ("index", "bits", "tables", "signature_bits")
+    counts: Counter[tuple[tuple[str, Any], ...]] = Counter()
+    each = {}
+    for part in plan_parts(plan):
+        if part.lsh is None:
+            continue
+        key = tuple((name, getattr(part.lsh, name)) for name in names if getattr(part.lsh, name) is not None)
+        counts[key] += len(part.heads)
+        each[key] = round(index_bytes_per_token(part.lsh, part.capacity[0]), 3)
+    return [{**dict(key), "kv_heads": count, "bytes_per_token": each[key]} for key, count in counts.items()]
 
 
 def cost(plan: Plan, n: int, dtype: str = "bf16", batch: int = 1) -> CostRow:
@@ -67,6 +104,7 @@ def cost(plan: Plan, n: int, dtype: str = "bf16", batch: int = 1) -> CostRow:
         dense_slots=dense,
         kept_bytes=None if scale is None else scale * kept,
         dense_bytes=None if scale is None else scale * dense,
+        state_bytes=state_bytes(plan, batch, n),
     )
 
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from attnspan.planner.errors import UserError
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is whole or absent: temporary name beside it, then renamed.
+    """Write a file so that it is whole or absent, as `whole_file` does."""
+    with whole_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that will be whole or absent: temporary name beside it, renamed at the end, removed on an error.
 
     UserError when the folder is missing or cannot be written; other OSErrors (disk full) pass.
     """
@@ -25,7 +33,7 @@ def write_whole(path: Path, data: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; must be in a writable folder") from None
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files private

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from attnspan.planner.cost import allocated_bytes, cost_table, dense_slots, format_bytes, slot_bytes
+from attnspan.planner.cost import allocated_bytes, cost_table, dense_slots, format_bytes, index_table, slot_bytes, state_bytes
+from attnspan.planner.parts import layer_parts
 from attnspan.planner.plan import Plan, ladder
 
 BAR = 24
@@ -20,12 +21,14 @@ BAR = 24
 def summarise(plan: Plan, lengths: Sequence[int] | None = None, dtype: str = "bf16") -> dict[str, Any]:
     """Everything that `attnspan inspect` says, as plain numbers: spans in tokens, KV bytes for one sequence.
 
-    `layers` is evaluated at n_max, `lengths` at the given context lengths (default: the ladder of the plan).
+    `layers` is evaluated at n_max, `lengths` at the given context lengths (default: the ladder of the plan). `indexes`: those of
+    sampled heads; `state_bytes`: what they take beside the caches.
     UserError when a length is above n_max or the cache type is unknown.
     """
     each = slot_bytes(plan, dtype)
     spans = plan.spans(plan.n_max).astype(np.int64)
     kept = np.minimum(spans, plan.n_max)
+    dim = plan.model.head_dim
     layers = [
         {
             "layer": i,
@@ -34,6 +37,7 @@ def summarise(plan: Plan, lengths: Sequence[int] | None = None, dtype: str = "bf
             "max": int(row.max()),
             "density": float(kept[i].mean() / plan.n_max),
             "kv_bytes": None if each is None else each * int(row.sum()),
+            "state_bytes": None if dim is None else sum(part.state_bytes(dim) for part in layer_parts(plan, i)),
         }
         for i, row in enumerate(spans)
     ]
@@ -47,6 +51,8 @@ def summarise(plan: Plan, lengths: Sequence[int] | None = None, dtype: str = "bf
         "cache_dtype": dtype,
         "allocated_bytes": allocated_bytes(plan, dtype),
         "dense_bytes": None if each is None else each * dense_slots(plan, plan.n_max),
+        "state_bytes": state_bytes(plan),
+        "indexes": index_table(plan),
         "layers": layers,
         "lengths": [dataclasses.asdict(row) for row in cost_table(plan, lengths or ladder(plan.n_max), dtype)],
     }
@@ -62,7 +68,7 @@ def _header(summary: dict[str, Any]) -> list[str]:
     size = "unknown" if model["head_dim"] is None else model["head_dim"]
     modes = ", ".join(f"{count} {mode}" for mode, count in sorted(summary["modes"].items()))
     made = summary["provenance"].get("method", "unknown")
-    return [
+    lines = [
         f"model     {model['id']}: {model['layers']} layers, {model['heads']} query heads, "
         f"{model['kv_heads']} KV heads, head size {size}",
         f"plan      {made}; heads: {modes}; {summary['sink']} sinks inside each span",
@@ -71,17 +77,28 @@ def _header(summary: dict[str, Any]) -> list[str]:
         f"KV cache  {format_bytes(summary['allocated_bytes'])} a sequence ({summary['cache_dtype']}), "
         f"dense {format_bytes(summary['dense_bytes'])}",
     ]
+    for index in summary["indexes"]:
+        kind = ", ".join(f"{name} {index[name]}" for name in ("bits", "tables", "signature_bits") if name in index)
+        lines.append(
+            f"index     {index['index']}{f' ({kind})' if kind else ''} of {index['kv_heads']} KV heads, "
+            f"{index['bytes_per_token']:g} B a token and KV head"
+        )
+    if summary["indexes"]:
+        lines.append(f"indexes   {format_bytes(summary['state_bytes'])} a sequence, beside the KV cache")
+    return lines
 
 
 def _layers(summary: dict[str, Any]) -> list[str]:
     title = f"spans at {summary['n_max']} tokens, by layer"
-    out = [title, "   layers      min     mean      max  density  KV a layer"]
-    columns = ("min", "mean", "max", "density", "kv_bytes")
+    sampled = bool(summary["indexes"])
+    out = [title, f"   layers      min     mean      max  density  KV a layer{'  index a layer' if sampled else ''}"]
+    columns = ("min", "mean", "max", "density", "kv_bytes", "state_bytes")
     # Neighbouring layers with equal rows share a line: a uniform plan has one.
-    for (low, mean, high, density, size), run in groupby(summary["layers"], itemgetter(*columns)):
+    for (low, mean, high, density, size, state), run in groupby(summary["layers"], itemgetter(*columns)):
         numbers = [row["layer"] for row in run]
         name = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
-        out.append(f" {name:>8} {low:8d} {mean:8.0f} {high:8d}  {density:7.3f}  {format_bytes(size):>10}")
+        index = f"  {format_bytes(state) if state else '-':>13}" if sampled else ""
+        out.append(f" {name:>8} {low:8d} {mean:8.0f} {high:8d}  {density:7.3f}  {format_bytes(size):>10}{index}")
     return out
 
 

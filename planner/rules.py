@@ -18,6 +18,7 @@ MIN_SPAN = 128
 """Smallest span of any rule, in tokens, sinks included."""
 MODES = ("span", "dense", "lsh")
 LSH_INDEXES = ("tables", "signature", "exact")
+SIGNATURE_BITS = (64, 128, 256)
 
 
 def span_tokens(alpha: npt.ArrayLike, beta: npt.ArrayLike, n: npt.ArrayLike) -> npt.NDArray[np.int32]:
@@ -54,6 +55,8 @@ class LshParams:
     index `tables`: `bits` per hash and `tables` hash tables, a key is drawn when it collides in at least
     `min_collisions` of them (MagicPIG, arXiv 2410.16179). index `signature`: a key is drawn when its packed
     SimHash of `signature_bits` is within `max_hamming` of the query's. index `exact`: everything (an oracle).
+    The hashes are signs of products with a random matrix, which `seed` decides. A drawn key weighs as the inverse
+    of its probability; `min_inclusion` is the least probability that is used for that (0: the unbiased estimator).
     """
 
     index: str
@@ -63,25 +66,35 @@ class LshParams:
     min_collisions: int | None = None
     signature_bits: int | None = None
     max_hamming: int | None = None
+    seed: int = 0
+    min_inclusion: float = 0.0
 
     def __post_init__(self) -> None:
         if self.index not in LSH_INDEXES:
-            raise UserError(f"lsh index is {self.index!r}: must be one of {', '.join(LSH_INDEXES)}")
-        check_int("lsh window", self.window, 1, 2**30)
+            raise UserError(f"lsh index is {self.index!r}: must be one of {', '.join(LSH_INDEXES)}; change --index")
+        check_int("lsh window", self.window, 1, 2**30, "; change --window")
+        check_int("lsh seed", self.seed, 0, 2**63 - 1, "; change --seed")
+        least = check_number("lsh min_inclusion", self.min_inclusion, 0.0, 1.0, "; change --min-inclusion")
+        object.__setattr__(self, "min_inclusion", least)
         wanted: dict[str, tuple[int, int]] = {}
         if self.index == "tables":
-            tables = check_int("lsh tables", self.tables, 1, 4096)
-            wanted = {"bits": (1, 31), "tables": (1, 4096), "min_collisions": (1, tables)}
+            tables = check_int("lsh tables", self.tables, 1, 1024, "; change --tables")
+            wanted = {"bits": (1, 15), "tables": (1, 1024), "min_collisions": (1, min(4, tables))}
         elif self.index == "signature":
-            if self.signature_bits not in (128, 256):
-                raise UserError(f"lsh signature_bits is {self.signature_bits!r}: must be 128 or 256")
-            wanted = {"signature_bits": (128, 256), "max_hamming": (0, self.signature_bits)}
+            if isinstance(self.signature_bits, bool) or self.signature_bits not in SIGNATURE_BITS:
+                raise UserError(f"lsh signature_bits is {self.signature_bits!r}: must be 64, 128 or 256; change --signature-bits")
+            wanted = {"signature_bits": (64, 256), "max_hamming": (0, self.signature_bits)}
         for name in ("bits", "tables", "min_collisions", "signature_bits", "max_hamming"):
-            value = getattr(self, name)
+            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
             if name in wanted:
-                check_int(f"lsh {name}", value, *wanted[name])
+                check_int(f"lsh {name}", value, *wanted[name], f"; change {option}")
             elif value is not None:
-                raise UserError(f"lsh {name} is {value!r}: index {self.index!r} does not take it; remove it")
+                raise UserError(f"lsh {name} is {value!r}: index {self.index!r} does not take it; remove {option}")
+
+    @property
+    def columns(self) -> int:
+        """Bits that a key is hashed to: columns of the projection."""
+        return {"tables": (self.bits or 0) * (self.tables or 0), "signature": self.signature_bits or 0}.get(self.index, 0)
 
 
 @dataclass(frozen=True)

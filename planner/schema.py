@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from attnspan.planner.cost import index_table, state_bytes
 from attnspan.planner.errors import UserError
 from attnspan.planner.plan import SCHEMA, Plan, ladder
 from attnspan.planner.rules import HeadRule, LshParams, check_number
@@ -16,11 +17,12 @@ from attnspan.planner.shape import ModelShape
 
 DENSITY_TOLERANCE = 1e-5
 REQUIRED = ("schema", "model", "n_max", "sink", "block", "density", "rules")
-OPTIONAL = ("provenance", "predicted_loss", "solver_gap", "validation")
+OPTIONAL = ("indexes", "state_bytes", "provenance", "predicted_loss", "solver_gap", "validation")
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
     """The content of plan.json, keys in the order they are written."""
+    indexes = index_table(plan)
     return {
         "schema": SCHEMA,
         "model": dataclasses.asdict(plan.model),
@@ -28,6 +30,8 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "sink": plan.sink,
         "block": plan.block,
         "density": {str(n): round(plan.density(n), 6) for n in ladder(plan.n_max)},
+        # What the indexes of sampled heads take.
+        **({"indexes": indexes, "state_bytes": state_bytes(plan)} if indexes else {}),
         "predicted_loss": {str(n): loss for n, loss in sorted(plan.predicted_loss.items())},
         "solver_gap": plan.solver_gap,
         "provenance": dict(plan.provenance),
@@ -101,6 +105,9 @@ def plan_from_dict(data: Mapping[str, Any], where: str) -> Plan:
             validation=_object("validation", top.get("validation", {})),
         )
         _check_density(plan, _by_length("density", top["density"]))
+        for name, real in (("indexes", index_table(plan)), ("state_bytes", state_bytes(plan))):
+            if name in top and top[name] != real:
+                raise UserError(f"{name} is {top[name]!r:.200}: the rules give {real!r}; remove it, or make the plan again")
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return plan

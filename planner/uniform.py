@@ -1,13 +1,18 @@
-"""Plans that need no calibration: the same density for every head, or a fixed ladder of windows."""
+"""Plans that need no calibration: the same density for every head, a fixed ladder of windows, or every head sampled."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import numpy as np
 
 from attnspan.planner.errors import UserError
 from attnspan.planner.plan import Plan
-from attnspan.planner.rules import HeadRule, check_number
+from attnspan.planner.rules import HeadRule, LshParams, check_int, check_number
 from attnspan.planner.shape import ModelShape
+
+DENSE_EVERY = 16
+"""Of so many layers, the first stays dense in a sampled plan."""
 
 
 def uniform(shape: ModelShape, density: float, n_max: int, spread: float = 0.0) -> Plan:
@@ -36,3 +41,15 @@ def uniform(shape: ModelShape, density: float, n_max: int, spread: float = 0.0) 
         layer = [HeadRule("span", 0.0, float(density))] * shape.kv_heads
     made = {"method": "uniform", "density": float(density), "spread": float(spread)}
     return Plan(shape, n_max, [layer] * shape.layers, provenance=made)
+
+
+def sampled(shape: ModelShape, params: LshParams, n_max: int, dense_layers: Collection[int] | None = None) -> Plan:
+    """A plan where every KV head keeps all tokens and samples them by `params`, but those of `dense_layers`, which are dense.
+
+    dense_layers None: 0, 16, 32 ..., as MagicPIG keeps them. UserError when the model has no such layer.
+    """
+    dense = range(0, shape.layers, DENSE_EVERY) if dense_layers is None else dense_layers
+    for layer in dense:
+        check_int("dense layer", layer, 0, shape.layers - 1, f" (the model has {shape.layers} layers); change --dense-layers")
+    rules = [[HeadRule("dense") if i in dense else HeadRule("lsh", lsh=params)] * shape.kv_heads for i in range(shape.layers)]
+    return Plan(shape, n_max, rules, provenance={"method": "lsh", "dense_layers": sorted(set(dense))})

@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 from attnspan.planner.errors import UserError
 from attnspan.planner.files import read_json
+from attnspan.planner.lsh import FIRST_KEYS
+from attnspan.planner.parts import Part, plan_parts
 from attnspan.planner.plan import Plan
 from attnspan.planner.rules import check_int
 
@@ -84,6 +86,10 @@ class Artefact:
             or plan.capacities().tolist() != capacity
         ):
             raise UserError(f"{file} and plan.json disagree about n_max, sink or capacities; {_AGAIN}")
+        attention = [part.describe(counts["head_dim"]) for part in plan_parts(plan)]
+        # Artefacts without sampled heads did not always say it.
+        if info.get("attention", None if any("state" in part for part in attention) else attention) != attention:
+            raise UserError(f"{file} and plan.json disagree about attention, or another version wrote it; {_AGAIN}")
         return cls(
             folder=folder,
             target=info["target"],
@@ -129,9 +135,25 @@ class Artefact:
         """Cache slots of each layer: its heads' capacities added, [layers]."""
         return tuple(sum(layer) for layer in self.capacity)
 
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The attention ops, with their caches and states, in the order of the layers."""
+        return tuple(plan_parts(self.plan))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What caches and states of a row depend on: a hash of the model, its weights and the plan."""
+        files = self.info["files"]
+        names = [name for name in ("model.onnx", "model.onnx.data", "plan.json") if name in files]
+        return hashlib.sha256("\n".join(f"{name} {files[name]['sha256']}" for name in names).encode()).hexdigest()
+
     def kv_bytes(self, batch: int = 1) -> int:
         """Bytes of all key and value caches for `batch` rows, as allocated (capacity for n_max tokens)."""
         return 2 * batch * sum(self.slots) * self.head_dim * CACHE_BYTES[self.cache_dtype]
+
+    def state_bytes(self, batch: int = 1) -> int:
+        """Bytes of the indexes of sampled heads for `batch` rows, as allocated; they come on top of the caches."""
+        return batch * sum(part.state_bytes(self.head_dim) for part in self.parts)
 
     def dense_kv_bytes(self, batch: int = 1) -> int:
         """Bytes that a dense cache of the same type would take for n_max tokens."""
@@ -139,9 +161,14 @@ class Artefact:
         return batch * self.n_max * per_token
 
     def kv_bytes_in_force(self, n: int) -> int:
-        """Bytes of keys and values that one decode step reads for one row of n tokens."""
+        """Bytes of keys and values that one decode step reads for a row of n tokens; sampled heads count in full."""
         spans: npt.NDArray[np.int64] = np.minimum(self.plan.spans(n), n).astype(np.int64)
         return 2 * int(spans.sum()) * self.head_dim * CACHE_BYTES[self.cache_dtype]
+
+    def may_sample(self, n: int) -> bool:
+        """Whether a decode step of a row of n tokens may sample some head; below, everything is exact."""
+        indexes = [part.lsh for part in self.parts if part.lsh is not None and part.lsh.index != "exact"]
+        return any(n - self.sink - lsh.window >= FIRST_KEYS for lsh in indexes)
 
     def check_hashes(self) -> None:
         """Compare the SHA-256 of every file with attnspan.json; UserError naming the first that differs."""

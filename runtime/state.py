@@ -64,6 +64,17 @@ class SequenceState:
         self.pending[row] = None
         self.text[row] = None
 
+    def copy(self, row: int, to: int) -> None:
+        """Make row `to` stand where `row` stands."""
+        self.restore(to, self.tokens[row], self.pending[row], self.text[row])
+
+    def restore(self, row: int, tokens: Sequence[int], pending: int | None, text: str | None) -> None:
+        """Note that the cache of a row holds tokens, with what is pending and what they spell."""
+        self.tokens[row] = list(tokens)
+        self.lengths[row] = len(tokens)
+        self.pending[row] = pending
+        self.text[row] = text
+
     def reset(self, rows: Iterable[int] | None = None) -> None:
         """Forget rows (default all). Slots need no clearing: each is written before it is read."""
         for row in range(self.batch) if rows is None else rows:

@@ -21,22 +21,26 @@ from attnspan.planner.uniform import uniform
 SHAPE = ModelShape("tiny", layers=2, heads=6, kv_heads=3, head_dim=64, config_hash="0123456789abcdef")
 
 WINDOW = st.integers(1, 64)
+SEED = st.integers(0, 2**63 - 1)
 LSH = st.one_of(
     st.builds(LshParams, st.just("exact"), WINDOW),
     st.builds(
         LshParams,
         st.just("tables"),
         WINDOW,
-        bits=st.integers(1, 31),
+        bits=st.integers(1, 15),
         tables=st.integers(2, 400),
         min_collisions=st.integers(1, 2),
+        seed=SEED,
     ),
     st.builds(
         LshParams,
         st.just("signature"),
         WINDOW,
-        signature_bits=st.sampled_from([128, 256]),
-        max_hamming=st.integers(0, 128),
+        signature_bits=st.sampled_from([64, 128, 256]),
+        max_hamming=st.integers(0, 64),
+        seed=SEED,
+        min_inclusion=st.sampled_from([0.0, 0.05, 1.0]),
     ),
 )
 RULES = st.one_of(

@@ -95,9 +95,15 @@ def test_rule_refuses(values: dict[str, object], words: str) -> None:
         ({"index": "exact", "window": 64, "bits": 10}, "does not take it"),
         ({"index": "tables", "window": 64, "bits": 10, "tables": 150}, "min_collisions is None"),
         ({"index": "tables", "window": 64, "bits": 10, "tables": 4, "min_collisions": 5}, "from 1 to 4"),
+        ({"index": "tables", "window": 64, "bits": 10, "tables": 9, "min_collisions": 5}, "to 4; change --min-collisions"),
         ({"index": "tables", "window": 64, "bits": 0, "tables": 4, "min_collisions": 2}, "bits is 0"),
-        ({"index": "signature", "window": 64, "signature_bits": 100, "max_hamming": 9}, "128 or 256"),
-        ({"index": "signature", "window": 64, "signature_bits": 128, "max_hamming": 129}, "from 0 to 128"),
+        ({"index": "tables", "window": 64, "bits": 16, "tables": 4, "min_collisions": 2}, "bits is 16.*1 to 15; change --bits"),
+        ({"index": "tables", "window": 64, "bits": 9, "tables": 1025, "min_collisions": 2}, "1 to 1024; change --tables"),
+        ({"index": "signature", "window": 64, "signature_bits": 100, "max_hamming": 9}, "is 100: must be 64, 128 or 256"),
+        ({"index": "signature", "window": 64, "signature_bits": 128, "max_hamming": 129}, "from 0 to 128; change --max-hamming"),
+        ({"index": "signature", "window": 64, "signature_bits": 64, "max_hamming": 65}, "from 0 to 64"),
+        ({"index": "exact", "window": 64, "seed": -1}, "seed is -1"),
+        ({"index": "exact", "window": 64, "min_inclusion": 1.5}, "min_inclusion is 1.5: must be a number from 0 to 1"),
     ],
 )
 def test_lsh_refuses(values: dict[str, object], words: str) -> None:

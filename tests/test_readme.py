@@ -61,7 +61,7 @@ def run(words: list[str], folder: Path) -> None:
 
 def test_commands(folder: Path) -> None:
     lines = [shlex.split(line, comments=True) for line in blocks("sh")[1].splitlines()]
-    verbs = ["calibrate", "plan", "report", "eval", "inspect", "export.py", "run", "bench", "bench"]
+    verbs = ["calibrate", "plan", "plan", "report", "eval", "inspect", "export.py", "run", "bench", "bench"]
     assert [words[1] for words in lines] == verbs
     run(["attnspan", "export", "MODEL", "DENSE", "--density", "1", "--no-verify"], folder)
     for words in lines:

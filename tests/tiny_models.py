@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from attnspan.export.pipeline import Exported, Options, export_model
-from attnspan.planner.plan import ModelShape
+from attnspan.planner.plan import ModelShape, Plan
+from attnspan.planner.rules import HeadRule
 from attnspan.planner.uniform import uniform
 
 SIZES = {
@@ -82,5 +83,16 @@ def export_tiny(
     model = save_tiny_model(folder / "model", family)
     plan = folder / "tiny-plan.json"
     uniform(ModelShape.from_config(model), density, n_max, spread if density < 1 else 0.0).save(plan)
+    wanted = {"model": str(model), "out": folder / "artefact", "plan": plan, "cache_dtype": "fp32"} | options
+    return export_model(Options(**wanted))
+
+
+def export_rules(
+    folder: Path, rules: list[list[HeadRule]], *, n_max: int = 512, config: dict[str, Any] | None = None, **options: Any
+) -> Exported:
+    """As `export_tiny`, with a plan of these rules, [layers][kv_heads]; `config` overrides the tiny llama's."""
+    model = save_tiny_model(folder / "model", **(config or {}))
+    plan = folder / "tiny-plan.json"
+    Plan(ModelShape.from_config(model), n_max, rules).save(plan)
     wanted = {"model": str(model), "out": folder / "artefact", "plan": plan, "cache_dtype": "fp32"} | options
     return export_model(Options(**wanted))

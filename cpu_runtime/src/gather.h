@@ -14,12 +14,23 @@ constexpr int kRows = 24;  // as kBlock
 
 static_assert(attnspan::kPad >= kRows + 4);
 
+ATTNSPAN_INLINE vf square_root(vf v) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (vf)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < W; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
 // log u at each cosine, between the points of the table in straight lines. A key without length (NaN) counts as orthogonal.
 ATTNSPAN_INLINE vf log_inclusion(const float* table, vf cosine) {
-  constexpr float half = float(attnspan::kInclusion / 2), end = float(attnspan::kInclusion) - 0.001f;
-  vf x = cosine * half + half;
-  x = x == x ? x : splat(half);
-  x = x > 0.f ? x : splat(0.f);
+  constexpr float points = float(attnspan::kInclusion), end = points - 0.001f;
+  vf x = 0.5f - 0.5f * cosine;  // sin(theta / 2) squared
+  x = x == x ? x : splat(0.5f);
+  x = square_root(x > 0.f ? x : splat(0.f)) * points;
   x = x < end ? x : splat(end);
   const vi at = __builtin_convertvector(x, vi);
   const vf part = x - __builtin_convertvector(at, vf);
@@ -34,15 +45,10 @@ ATTNSPAN_INLINE vf log_inclusion(const float* table, vf cosine) {
   return low + (high - low) * part;
 }
 
-ATTNSPAN_INLINE vf square_root(vf v) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_sqrt_ps((__m512)v);
-#elif defined(__AVX2__)
-  return (vf)_mm256_sqrt_ps((__m256)v);
-#else
-  for (int i = 0; i < W; ++i) v[i] = std::sqrt(v[i]);
-  return v;
-#endif
+// Asks the second cache for a row that is needed in a block's time: it takes many more requests at once than the first.
+template <class C>
+ATTNSPAN_INLINE void fetch_far(const C* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLine<C>) __builtin_prefetch(p + i, 0, 2);
 }
 
 // Products of T centred rows with G heads into s[t * P + g], their squared norms into norm[t].
@@ -66,7 +72,7 @@ ATTNSPAN_INLINE void score_rows(const attnspan::GatherTask& task, const int32_t*
       for (int t = 0; t < T; ++t) acc[t][g] += k[t] * q;
     }
   }
-  for (int t = 0; t < T; ++t) fetch(base + int64_t(next[t]) * dim, dim);
+  for (int t = 0; t < T; ++t) fetch_far(base + int64_t(next[t]) * dim, dim);
   const vf* a = &acc[0][0];
   for (int i = 0; i < T * P; i += 4) sum_lanes4(a[i], a[i + 1], a[i + 2], a[i + 3], s + i);
   float squares[4];
@@ -90,7 +96,7 @@ ATTNSPAN_INLINE void add_rows(const attnspan::GatherTask& task, const float* p, 
     for (int i = 0; i < N; ++i) a[g][i] = load(acc + g * dim + d0 + i * W);
   for (int64_t t = 0; t < rows; ++t) {
     const C* row = base + int64_t(id[t]) * dim + d0;
-    if (next) fetch(base + int64_t(next[t]) * dim + d0, N * W);
+    if (d0 == 0) fetch_far(base + int64_t(next[t]) * dim, dim);
     vf v[N];
     for (int i = 0; i < N; ++i) v[i] = load(row + i * W);
     for (int g = 0; g < G; ++g) {
@@ -162,7 +168,8 @@ ATTNSPAN_INLINE void gather_block(const attnspan::GatherTask& task, const QueryF
   softmax_block<G, P>(s, rows, 0.f, dim, running, acc);
   int64_t d = 0;
   for (; d + N * W <= dim; d += N * W) add_rows<C, G, N, P>(task, s, id, next, rows, d, acc);
-  for (; d + W <= dim; d += W) add_rows<C, G, 1, P>(task, s, id, nullptr, rows, d, acc);
+  for (; d + 4 * W <= dim; d += 4 * W) add_rows<C, G, 4, P>(task, s, id, next, rows, d, acc);
+  for (; d + W <= dim; d += W) add_rows<C, G, 1, P>(task, s, id, next, rows, d, acc);
   const C* value = static_cast<const C*>(task.value);
   for (; d < dim; ++d)
     for (int64_t t = 0; t < rows; ++t)
@@ -174,8 +181,8 @@ void gather_heads(const attnspan::GatherTask& task, const attnspan::SoftmaxState
   const int64_t dim = task.head_dim;
   const C *key = static_cast<const C*>(task.key), *value = static_cast<const C*>(task.value);
   for (int64_t i = 0; i < task.count && i < kRows; ++i) {
-    fetch(key + int64_t(task.id[i]) * dim, dim);
-    fetch(value + int64_t(task.id[i]) * dim, dim);
+    fetch_far(key + int64_t(task.id[i]) * dim, dim);
+    fetch_far(value + int64_t(task.id[i]) * dim, dim);
   }
   const QueryFacts facts = query_facts<G>(task);
   Running running = enter(state.max, state.sum, G);

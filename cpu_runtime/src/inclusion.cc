@@ -22,11 +22,11 @@ double log_binomial(int64_t n, double log_p, double log_rest, int64_t from, int6
 
 }  // namespace
 
-std::vector<float> log_inclusion(const IndexConfig& config, int64_t max_hamming) {
+std::vector<float> log_inclusion(const IndexConfig& config, int64_t max_hamming, float least) {
+  const float low = std::max(kLeast, std::log(least));
   std::vector<float> out;
   for (int64_t i = 0; i <= kInclusion; ++i) {
-    const double cosine = std::clamp(2.0 * double(i) / double(kInclusion) - 1.0, -1.0, 1.0);
-    const double differ = std::acos(cosine) / M_PI;
+    const double differ = 2.0 * std::asin(double(i) / double(kInclusion)) / M_PI;
     double u;
     if (config.kind == IndexKind::tables) {
       const double log_equal = double(config.bits) * std::log1p(-differ);
@@ -34,7 +34,7 @@ std::vector<float> log_inclusion(const IndexConfig& config, int64_t max_hamming)
     } else {
       u = log_binomial(config.signature_bits, std::log(differ), std::log1p(-differ), 0, max_hamming);
     }
-    out.push_back(std::isnan(u) ? kLeast : std::max(float(u), kLeast));
+    out.push_back(std::isnan(u) ? low : std::max(float(u), low));
   }
   return out;
 }

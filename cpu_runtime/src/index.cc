@@ -53,7 +53,7 @@ std::string Index::open(int64_t length) {
     if (got != want)
       return std::string("past_state has ") + what + " " + std::to_string(got) + "; this node's is " + std::to_string(want) +
              ": it is another index, or damaged; give the state of this layer, or zeros";
-  bool good = h.means <= kMeans && (h.means > 0) == (h.indexed > sink_) && h.indexed <= layout_.capacity && h.indexed >= sink_;
+  bool good = h.means <= kMeans && (h.means > 0) == (h.indexed > sink_) && (h.means > 0) <= (h.sum_keys > 0) && h.indexed <= layout_.capacity && h.indexed >= sink_;
   for (uint32_t i = 0; good && i < h.means; ++i)
     good = i == 0 ? h.mean_start[0] == sink_ : h.mean_start[i] > h.mean_start[i - 1] && h.mean_start[i] < h.indexed;
   if (!good) return "past_state is damaged: its positions are out of order; give the state of this layer, or zeros";
@@ -61,9 +61,15 @@ std::string Index::open(int64_t length) {
     if (config_.kind == IndexKind::tables)
       return "past_state holds " + std::to_string(h.indexed) + " positions, length is " + std::to_string(length) +
              ": tables cannot go back; give zeros, or use index signature";
-    // Signatures behind the new end are overwritten before they are read. The sums keep keys that are gone: any mean is right.
+    // Signatures behind the new end are overwritten before they are read. The sums keep keys that are gone: any mean is right, and
+    // that of keys of the same row is a good one.
     h.indexed = uint32_t(std::max(length, sink_));
     while (h.means > 0 && h.mean_start[h.means - 1] >= h.indexed) --h.means;
+    h.mean_keys = std::min(h.mean_keys, uint32_t(h.indexed - sink_));
+    if (h.means == 0) {
+      h.sum_keys = 0;
+      std::memset(sum(0), 0, size_t(layout_.kv_heads * layout_.dim * 8));
+    }
   }
   return "";
 }
@@ -93,23 +99,23 @@ int64_t Index::mean_of(int64_t position, int64_t* end) const {
   return i;
 }
 
-void Index::begin_mean(int64_t to) {
+void Index::begin_mean() {
   IndexHeader& h = header();
-  const int64_t keys = to - sink_;
+  const int64_t keys = h.sum_keys;
   if (h.means == kMeans || (h.means > 0 && keys < 2 * int64_t(h.mean_keys))) return;
   for (int64_t i = 0; i < layout_.kv_heads; ++i)
     for (int64_t d = 0; d < layout_.dim; ++d) mean(h.means, i)[d] = float(sum(i)[d] / double(keys));
   h.mean_start[h.means++] = h.indexed;
-  h.mean_keys = uint32_t(keys);
+  h.mean_keys = h.sum_keys;
 }
 
 void Index::put(int64_t h, int64_t first, int64_t count, const uint64_t* bits) const {
-  const int64_t panels = config_.panels();
+  const int64_t words = config_.row_words();
   if (config_.kind == IndexKind::signature) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t position = first + i;
-      uint64_t* block = signatures(h) + position / kLanes * panels * kLanes + position % kLanes;
-      for (int64_t w = 0; w < panels; ++w) block[w * kLanes] = bits[i * panels + w];
+      uint64_t* block = signatures(h) + position / kLanes * words * kLanes + position % kLanes;
+      for (int64_t w = 0; w < words; ++w) block[w * kLanes] = bits[i * words + w];
     }
     return;
   }
@@ -120,7 +126,7 @@ void Index::put(int64_t h, int64_t first, int64_t count, const uint64_t* bits) c
     const bool two = shift + config_.bits > 64;
     uint16_t* to = ids(h, segment) + l * stride + at;
     for (int64_t i = 0; i < count; ++i) {
-      const uint64_t* row = bits + i * panels + word;
+      const uint64_t* row = bits + i * words + word;
       const uint64_t low = row[0] >> shift, high = two ? row[1] << (64 - shift) : 0;
       to[i] = uint16_t((low | high) & all);
     }

@@ -25,7 +25,7 @@ struct IndexConfig {
   uint64_t projection = 0;  // fingerprint of the projection
 
   int64_t columns() const { return kind == IndexKind::tables ? bits * tables : kind == IndexKind::signature ? signature_bits : 0; }
-  int64_t panels() const { return (columns() + kColumns - 1) / kColumns; }
+  int64_t row_words() const { return (columns() + 63) / 64; }  // of a row's bits
   int64_t words() const { return signature_bits / 64; }
   int64_t buckets() const { return int64_t(1) << bits; }
 };
@@ -39,7 +39,8 @@ struct IndexHeader {
   uint64_t identity, projection, bytes;
   uint32_t indexed;     // positions below are in the index
   uint32_t means;       // means in use
-  uint32_t mean_keys;   // keys that the last mean was taken of
+  uint32_t sum_keys;    // keys in the sums
+  uint32_t mean_keys;   // of them when the last mean was taken
   uint32_t next_merge;  // where the small merges of decoding go on
   uint32_t mean_start[kMeans];
 };
@@ -81,9 +82,9 @@ class Index {
   }
   uint16_t* ids(int64_t h, int64_t s) const { return reinterpret_cast<uint16_t*>(head(h) + layout_.ids) + s * kSegment * config_.tables; }
 
-  // Decides which mean the keys [indexed, to) are hashed with, when the sums already hold them.
-  void begin_mean(int64_t to);
-  // Writes the bits of the keys at [first, first + count), [count, panels].
+  // Decides which mean the keys from `indexed` on are hashed with, when the sums already hold them.
+  void begin_mean();
+  // Writes the bits of the keys at [first, first + count), [count, row_words].
   void put(int64_t h, int64_t first, int64_t count, const uint64_t* bits) const;
   // Codes that table l of a segment holds unsorted, of `coded` in the segment.
   int64_t unsorted(int64_t h, int64_t s, int64_t l, int64_t coded) const { return coded - sorted(h, s)[l]; }

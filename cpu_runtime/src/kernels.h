@@ -64,17 +64,21 @@ struct KeyTile {
   int64_t first;  // position of the first key
 };
 
-// Signs of projections: bit j of row r is (x[r] . column j > 0). Columns lie in panels of kColumns, [panel, dim, kColumns],
-// padded with zeros, which give zero bits.
+// Signs of projections: bit j of row r is (x[r] . column j > 0). The columns are bf16 and lie in panels of kColumns,
+// [panel, depth / 2, kColumns, 2], `depth` being the dimension rounded up to a multiple of 32. Zero columns fill the last panels up to
+// an even number; they give zero bits.
 struct HashTask {
-  const float* x;  // [rows, dim]
+  const float* x;  // [rows, dim], rounded to bf16 before the products
   int64_t rows;
   int64_t dim;
-  const float* panels;
-  int64_t panel_count;
-  uint64_t* bits;  // [rows, panel_count]
+  int64_t depth;
+  const void* panel;
+  int64_t panels;
+  uint64_t* bits;  // [rows, panels / 2]
+  void* scratch;   // hash_scratch(depth, panels) bytes, aligned to 64
 };
-constexpr int64_t kColumns = 64;
+constexpr int64_t kColumns = 32;
+constexpr int64_t hash_scratch(int64_t depth, int64_t panels) { return 64 * (depth * 2 + panels * 4); }
 
 // Packed signatures of consecutive tokens lie in blocks of kLanes tokens: [block, words, kLanes], so that a vector holds the same
 // word of different tokens. A group is the 64 tokens that share one word of a mask.
@@ -111,7 +115,7 @@ struct GatherTask {
   const uint8_t* drawn;  // [count + kPad] bit g: head g drew it; 0 in the last kPad
   int64_t count;
   const float* mean;           // [head_dim] what was taken from the keys before they were hashed, in units of the cache
-  const float* log_inclusion;  // [kInclusion + 1] log u at cos = -1 ... 1
+  const float* log_inclusion;  // [kInclusion + 1] log u at sin(theta / 2) = 0 ... 1
   float softcap;
 };
 constexpr int64_t kPad = 32, kInclusion = 2048;

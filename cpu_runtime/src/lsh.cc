@@ -43,7 +43,8 @@ constexpr int64_t kBulkMerge = 1024;    // codes that a prefill leaves unsorted 
 constexpr int64_t kStepMerge = 1024;    // codes above which decode steps sort a table
 constexpr int64_t kExactTokens = 2048;  // tokens of an exact decode task
 constexpr int64_t kScanTokens = 8192;   // tokens of a sampling task over signatures
-constexpr int64_t kQuad = 4;            // query heads that share a pass over the drawn rows
+constexpr int64_t kQuad = 4;            // query heads that may share a pass over the drawn rows
+constexpr int64_t kShared = 2;          // heads that draw a row on average, above which they do
 constexpr float kNothing = -1e30f;      // running maximum before any key: finite, so that a head that drew nothing gives zeros
 
 // One call of the op.
@@ -81,21 +82,23 @@ void Op::update(int64_t b, int64_t to) {
   if (row.header().means == 0 && to - config.sink < kFirstKeys) return;
   const Timed timed(kUpdate);
   add_keys(b, from, to);
-  row.begin_mean(to);
-  const int64_t dim = call.head_dim, panels = config.index.panels();
+  row.header().sum_keys += uint32_t(to - from);
+  row.begin_mean();
+  const int64_t dim = call.head_dim, words = config.index.row_words();
   // Tasks end at multiples of their size, so that no two write to one block of signatures, and none crosses a segment.
   const int64_t first = from / kHashTokens, blocks = (to - 1) / kHashTokens - first + 1;
   const float* mean = row.mean(row.header().means - 1, 0);
   parallel(config.kv_heads * blocks, [&](int64_t task) {
     const int64_t h = task % config.kv_heads, block = first + task / config.kv_heads;
     const int64_t begin = std::max(from, block * kHashTokens), count = std::min(to, (block + 1) * kHashTokens) - begin;
-    Carver carve(task_scratch.get(count * (dim * 4 + panels * 8) + 128));
+    Carver carve(task_scratch.get(count * (dim * 4 + words * 8) + tables.scratch() + 192));
     float* x = carve.take<float>(count * dim);
-    uint64_t* bits = carve.take<uint64_t>(count * panels);
+    uint64_t* bits = carve.take<uint64_t>(count * words);
+    char* scratch = carve.take<char>(tables.scratch());
     kernels.load(call.cache, view.ring(call.past_key, b, h) + begin * view.row_bytes, view.key_scale(h), x, count * dim);
     for (int64_t i = 0; i < count; ++i)
       for (int64_t d = 0; d < dim; ++d) x[i * dim + d] -= mean[h * dim + d];
-    kernels.hash({x, count, dim, tables.panels.data(), panels, bits});
+    tables.hash(kernels, x, count, bits, scratch);
     row.put(h, begin, count, bits);
   });
   row.header().indexed = uint32_t(to);
@@ -184,7 +187,7 @@ void trim(uint64_t* mask, int64_t groups, int64_t first, int64_t from, int64_t t
 // A query hashed: packed signs, and the codes cut out of them.
 struct Hashed {
   float* query;     // [pairs * group, dim], scaled
-  uint64_t* bits;   // [pairs * group, panels]
+  uint64_t* bits;   // [pairs * group, row_words]
   uint16_t* codes;  // [pairs * group, tables]
 };
 
@@ -209,9 +212,30 @@ void sample(Op& op, const Hashed& hashed, int64_t i, int64_t begin, int64_t end,
   uint64_t* mask = carve.take<uint64_t>(kQuad * groups);
   uint8_t* counts = carve.take<uint8_t>(2 * kSegment);
   float* mean = carve.take<float>(dim);
+  const auto attend = [&](int64_t count, int64_t head, int64_t heads) {
+    const Timed timed(kAttend);
+    std::fill_n(id + count, kPad, count > 0 ? id[count - 1] : 0);
+    std::fill_n(drawn + count, kPad, uint8_t(0));
+    for (int64_t from = 0; from < count;) {
+      int64_t until;
+      const int64_t which = index.mean_of(id[from], &until);
+      const int64_t to = std::lower_bound(id + from, id + count, until) - id;
+      for (int64_t d = 0; d < dim; ++d) mean[d] = index.mean(which, h)[d] / view.key_scale(h);
+      // The rows behind a part are the next part's: those that the kernel pads with must not count.
+      uint8_t kept[kPad];
+      std::memcpy(kept, drawn + to, kPad);
+      std::fill_n(drawn + to, kPad, uint8_t(0));
+      kernels.gather(op.call.cache,
+                     {hashed.query + (i * group + head) * dim, heads, dim, view.ring(op.call.past_key, b, h), view.ring(op.call.past_value, b, h),
+                      id + from, drawn + from, to - from, mean, op.tables.log_inclusion[op.tables.of_head[h]].data(), config.softcap},
+                     {state.max + head, state.sum + head, state.acc + head * dim});
+      std::memcpy(drawn + to, kept, kPad);
+      from = to;
+    }
+  };
   for (int64_t head = 0; head < group; head += kQuad) {
     const int64_t heads = std::min(kQuad, group - head), row = i * group + head;
-    int64_t count;
+    int64_t together = 0, apart = 0;
     {
       const Timed timed(kRetrieve);
       for (int64_t g = 0; g < heads; ++g) {
@@ -223,39 +247,26 @@ void sample(Op& op, const Hashed& hashed, int64_t i, int64_t begin, int64_t end,
           if (!kernels.walk(walk)) op.good = false;
         } else {
           const int64_t words = config.index.words();
-          kernels.scan({index.signatures(h) + first * words, words, groups, hashed.bits + (row + g) * op.config.index.panels(),
+          kernels.scan({index.signatures(h) + first * words, words, groups, hashed.bits + (row + g) * config.index.row_words(),
                         config.max_hamming[h], mask + g * groups});
         }
         trim(mask + g * groups, groups, first, begin, end);
       }
       if (!op.good) return;
-      count = collect(mask, heads, groups, first, id, drawn);
+      for (int64_t g = 0; g < groups; ++g) {
+        uint64_t any = 0;
+        for (int64_t q = 0; q < heads; ++q) any |= mask[q * groups + g], apart += __builtin_popcountll(mask[q * groups + g]);
+        together += __builtin_popcountll(any);
+      }
     }
-    if (count == 0) continue;
-    std::fill_n(id + count, kPad, id[count - 1]);
-    std::fill_n(drawn + count, kPad, uint8_t(0));
-    const Timed timed(kAttend);
-    for (int64_t from = 0; from < count;) {
-      int64_t until;
-      const int64_t which = index.mean_of(id[from], &until);
-      const int64_t to = std::lower_bound(id + from, id + count, until) - id;
-      for (int64_t d = 0; d < dim; ++d) mean[d] = index.mean(which, h)[d] / view.key_scale(h);
-      // The rows behind a part are the next part's: those that the kernel pads with must not count.
-      uint8_t kept[kPad];
-      std::memcpy(kept, drawn + to, kPad);
-      std::fill_n(drawn + to, kPad, uint8_t(0));
-      kernels.gather(op.call.cache,
-                     {hashed.query + row * dim, heads, dim, view.ring(op.call.past_key, b, h), view.ring(op.call.past_value, b, h),
-                      id + from, drawn + from, to - from, mean, op.tables.log_inclusion[op.tables.of_head[h]].data(), config.softcap},
-                     {state.max + head, state.sum + head, state.acc + head * dim});
-      std::memcpy(drawn + to, kept, kPad);
-      from = to;
-    }
+    // A pass for several heads reads a row once, and computes all of them for each. It pays when most rows were drawn by many.
+    const int64_t step = apart > kShared * together ? heads : 1;
+    for (int64_t g = 0; g < heads; g += step) attend(collect(mask + g * groups, step, groups, first, id, drawn), head + g, step);
   }
 }
 
 bool Op::decode() {
-  const int64_t group = view.group, dim = call.head_dim, panels = config.index.panels();
+  const int64_t group = view.group, dim = call.head_dim, words = config.index.row_words();
   for (int64_t i = 0; i < pairs(); ++i) {
     const int64_t b = i / config.kv_heads, h = i % config.kv_heads, at = call.length[b] * view.row_bytes;
     view.store_token(b, 0, h, view.ring(call.past_key, b, h) + at, view.ring(call.past_value, b, h) + at,
@@ -292,23 +303,25 @@ bool Op::decode() {
   first_task.push_back(int64_t(task.size()));
 
   const int64_t rows = pairs() * group, states = int64_t(task.size()) * group;
-  Carver carve(call_scratch.get((states * (dim + 2) + rows * dim) * 4 + rows * (panels * 8 + config.index.tables * 2) + 512));
+  Carver carve(call_scratch.get((states * (dim + 2) + rows * dim) * 4 + rows * (words * 8 + config.index.tables * 2) + 512));
   const SoftmaxState all{carve.take<float>(states), carve.take<float>(states), carve.take<float>(states * dim)};
   Hashed hashed;
   hashed.query = carve.take<float>(rows * dim);
-  hashed.bits = carve.take<uint64_t>(rows * panels);
+  hashed.bits = carve.take<uint64_t>(rows * words);
   hashed.codes = carve.take<uint16_t>(rows * config.index.tables);
   std::unique_ptr<std::atomic<int64_t>[]> left(new std::atomic<int64_t>[size_t(pairs())]);
   for (int64_t i = 0; i < pairs(); ++i) left[i].store(first_task[i + 1] - first_task[i], std::memory_order_relaxed);
 
   parallel(pairs(), [&](int64_t i) {
-    const int64_t h = i % config.kv_heads;
-    view.load_query(i / config.kv_heads, 0, h, view.score_scale(h), hashed.query + i * group * dim);
-    if (!any) return;
-    const Timed timed(kHash);
-    kernels.hash({hashed.query + i * group * dim, group, dim, tables.panels.data(), panels, hashed.bits + i * group * panels});
-    if (tabled)
-      for (int64_t r = i * group; r < (i + 1) * group; ++r) cut_codes(config.index, hashed.bits + r * panels, hashed.codes + r * config.index.tables);
+    const int64_t b = i / config.kv_heads, h = i % config.kv_heads;
+    float* query = hashed.query + i * group * dim;
+    if (any) {  // the query as it is: a factor would change how it rounds
+      const Timed timed(kHash);
+      view.load_query(b, 0, h, 1.f, query);
+      tables.hash(kernels, query, group, hashed.bits + i * group * words, task_scratch.get(tables.scratch()));
+      for (int64_t r = i * group; r < (i + 1) * group; ++r) cut_codes(config.index, hashed.bits + r * words, hashed.codes + r * config.index.tables);
+    }
+    view.load_query(b, 0, h, view.score_scale(h), query);
   });
   parallel(int64_t(task.size()), [&](int64_t t) {
     const auto [i, begin, end, sampled] = task[t];
@@ -345,6 +358,8 @@ std::string LshConfig::check() const {
   if (wrong.empty()) wrong = range("sink", sink, 0, kSegment);
   if (wrong.empty()) wrong = range("window", window, 1, INT32_MAX);
   if (wrong.empty()) wrong = range("dense_below", dense_below, -1, INT32_MAX);
+  if (wrong.empty() && !(min_inclusion >= 0.f && min_inclusion <= 1.f))
+    return "min_inclusion is " + std::to_string(min_inclusion) + "; allowed are 0 to 1";
   if (index.kind == IndexKind::tables) {
     if (wrong.empty()) wrong = range("bits", index.bits, 1, 15);
     if (wrong.empty()) wrong = range("tables", index.tables, 1, 1024);
@@ -361,19 +376,28 @@ std::string LshConfig::check() const {
   return wrong;
 }
 
-LshTables::LshTables(const LshConfig& config, const float* projection, int64_t dim) : of_head(size_t(config.kv_heads), 0) {
+LshTables::LshTables(const LshConfig& config, const float* projection, int64_t dim_)
+    : dim(dim_), depth(round_up(dim_, 32)), panels(2 * config.index.row_words()), of_head(size_t(config.kv_heads), 0) {
   if (config.index.kind == IndexKind::exact) return;
-  const int64_t columns = config.index.columns(), count = config.index.panels();
-  panels.assign(size_t(count * dim * kColumns), 0.f);
+  const int64_t columns = config.index.columns();
+  panel.assign(size_t(panels * depth * kColumns), 0);
   for (int64_t c = 0; c < columns; ++c)
-    for (int64_t d = 0; d < dim; ++d) panels[size_t((c / kColumns * dim + d) * kColumns + c % kColumns)] = projection[d * columns + c];
+    for (int64_t d = 0; d < dim; ++d) {
+      bf16 rounded;
+      from_float(projection[d * columns + c], rounded);
+      panel[size_t((c / kColumns * depth + d / 2 * 2) * kColumns + c % kColumns * 2 + d % 2)] = rounded.bits;
+    }
   std::vector<int64_t> known;
   for (int64_t h = 0; h < config.kv_heads; ++h) {
     const int64_t most = config.index.kind == IndexKind::signature ? config.max_hamming[size_t(h)] : 0;
     const auto found = std::find(known.begin(), known.end(), most);
     of_head[size_t(h)] = found - known.begin();
-    if (found == known.end()) known.push_back(most), log_inclusion.push_back(attnspan::log_inclusion(config.index, most));
+    if (found == known.end()) known.push_back(most), log_inclusion.push_back(attnspan::log_inclusion(config.index, most, config.min_inclusion));
   }
+}
+
+void LshTables::hash(const Kernels& kernels, const float* x, int64_t rows, uint64_t* bits, void* scratch) const {
+  kernels.hash({x, rows, dim, depth, panel.data(), panels, bits, scratch});
 }
 
 uint64_t fingerprint(const float* projection, int64_t count) {

@@ -19,6 +19,7 @@ class LshKernel : NodeKernel {
     config_.scale = optional(info, "scale", 0.f);
     config_.softcap = optional(info, "softcap", 0.f);
     config_.dense_below = optional(info, "dense_below", int64_t(-1));
+    config_.min_inclusion = optional(info, "min_inclusion", 0.f);
     config_.index.layer = optional(info, "layer", int64_t(0));
     config_.index.identity = optional(info, "identity", int64_t(0));
     const auto kind = info.GetAttribute<std::string>("index");

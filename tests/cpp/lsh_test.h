@@ -71,24 +71,37 @@ void lsh_step(LshRun& run) {
   const IndexLayout layout(config.index, config.kv_heads, run.dim, run.capacity);
   const Index index(config.index, layout, config.sink, run.state.data());
   const bool exact = config.index.kind == IndexKind::exact || run.length < config.dense_below;
-  const int64_t panels = config.index.panels();
-  const auto bits = [&](const float* x) {
-    std::vector<uint64_t> out(size_t(std::max<int64_t>(panels, 1)));
-    if (panels) run.kernels.hash({x, 1, run.dim, run.tables.panels.data(), panels, out.data()});
+  const int64_t words = config.index.row_words();
+  const auto bits = [&](const std::vector<float>& x) {  // of some rows
+    const int64_t rows = int64_t(x.size()) / run.dim;
+    std::vector<uint64_t> out(size_t(rows * words + 1)), scratch(size_t(run.tables.scratch() / 8 + 16));
+    if (words) run.tables.hash(run.kernels, x.data(), rows, out.data(), scratch.data() + (8 - reinterpret_cast<uintptr_t>(scratch.data()) / 8 % 8));
     return out;
   };
-  const auto code = [&](const std::vector<uint64_t>& b, int64_t l) {
+  const auto code = [&](const uint64_t* b, int64_t l) {
     int64_t c = 0;
     for (int64_t i = 0; i < config.index.bits; ++i) {
       const int64_t at = l * config.index.bits + i;
-      c |= int64_t(b[size_t(at / 64)] >> (at % 64) & 1) << i;
+      c |= int64_t(b[at / 64] >> (at % 64) & 1) << i;
     }
     return c;
   };
+  const int64_t from = config.sink, to = exact || words == 0 ? from : index.indexed();
+  std::vector<float> centred;
+  std::vector<uint64_t> key_bits;
   for (int64_t head = 0; head < config.heads; ++head) {
     const int64_t h = head / run.group;
+    if (head % run.group == 0) {
+      centred.clear();
+      for (int64_t p = from; p < to; ++p) {
+        int64_t end;
+        const float* mean = index.mean(index.mean_of(p, &end), h);
+        for (int64_t d = 0; d < run.dim; ++d) centred.push_back(run.key[size_t((h * run.capacity + p) * run.dim + d)] - mean[d]);
+      }
+      key_bits = bits(centred);
+    }
     const float* q = &query[size_t(head * run.dim)];
-    const auto query_bits = bits(q);
+    const auto query_bits = bits(std::vector<float>(q, q + run.dim));
     double top = -INFINITY, sum = 0;
     std::vector<double> scores, out(size_t(run.dim), 0.0);
     std::vector<int64_t> seen;
@@ -96,23 +109,19 @@ void lsh_step(LshRun& run) {
       const float* k = &run.key[size_t((h * run.capacity + p) * run.dim)];
       double dot = 0, log_u = 0;
       for (int64_t d = 0; d < run.dim; ++d) dot += double(q[d]) * double(k[d]);
-      if (!exact && p >= config.sink && p < index.indexed()) {
-        int64_t end;
-        const float* mean = index.mean(index.mean_of(p, &end), h);
-        std::vector<float> centred(size_t(run.dim), 0.f);
+      if (p >= from && p < to) {
+        const float* x = &centred[size_t((p - from) * run.dim)];
+        const uint64_t* own = &key_bits[size_t((p - from) * words)];
         double product = 0, norm = 0, query_norm = 0;
         for (int64_t d = 0; d < run.dim; ++d) {
-          centred[size_t(d)] = k[d] - mean[d];
-          product += double(q[d]) * double(centred[size_t(d)]), norm += double(centred[size_t(d)]) * double(centred[size_t(d)]);
-          query_norm += double(q[d]) * double(q[d]);
+          product += double(q[d]) * double(x[d]), norm += double(x[d]) * double(x[d]), query_norm += double(q[d]) * double(q[d]);
         }
-        const auto key_bits = bits(centred.data());
         int64_t count = 0;
         if (config.index.kind == IndexKind::signature) {
-          for (int64_t w = 0; w < panels; ++w) count += __builtin_popcountll(key_bits[size_t(w)] ^ query_bits[size_t(w)]);
+          for (int64_t w = 0; w < words; ++w) count += __builtin_popcountll(own[w] ^ query_bits[size_t(w)]);
           if (count > config.max_hamming[size_t(h)]) continue;
         } else {
-          for (int64_t l = 0; l < config.index.tables; ++l) count += code(key_bits, l) == code(query_bits, l);
+          for (int64_t l = 0; l < config.index.tables; ++l) count += code(own, l) == code(query_bits.data(), l);
           if (count < config.index.min_collisions) continue;
         }
         log_u = std::log(inclusion(config, h, product / std::sqrt(norm * query_norm)));
@@ -148,10 +157,10 @@ void lsh_sequence(const LshConfig& config, int64_t dim, int64_t capacity, const 
 
 // States of random bytes, and good states with random bytes in them: refused or computed, never read out of bounds.
 void lsh_damage(const LshConfig& config, const Kernels& kernels) {
-  const int64_t dim = 16, capacity = 1600;
+  const int64_t dim = 16, capacity = 1000;
   LshRun run(config, dim, capacity, kernels);
   std::vector<float> output, lse;
-  expect(run.call(normal(1500 * config.heads * dim), output, lse).empty(), "prefill before damage");
+  expect(run.call(normal(900 * config.heads * dim), output, lse).empty(), "prefill before damage");
   const auto good = run.state;
   const int32_t length = run.length;
   for (int trial = 0; trial < 60; ++trial) {
@@ -192,8 +201,8 @@ void lsh_tests(const Kernels& kernels) {
   }
   for (const int64_t collisions : {1, 2, 3}) {
     LshConfig c = lsh_config(IndexKind::tables, 3, 1, collisions == 1 ? 0 : 64, 16);
-    c.index.bits = 3 + collisions, c.index.tables = collisions == 3 ? 300 : 20, c.index.min_collisions = collisions;
-    lsh_sequence(c, 24, 4096, kernels, {1, 400, 1, 1, 1500, 1, 1, 1, 1400, 1, 1});
+    c.index.bits = 5 - collisions, c.index.tables = collisions == 3 ? 260 : 20, c.index.min_collisions = collisions;
+    lsh_sequence(c, 24, 4096, kernels, {1, 400, 1, 1, 1500, 1, 1, 1400, 1});
     lsh_damage(c, kernels);
   }
 }

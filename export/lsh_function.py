@@ -1,0 +1,97 @@
+"""LshAttention in standard ONNX: the model-local function that runs where the op library is not loaded.
+
+It does not sample: attention is exact over the whole context, and the state stays as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onnxscript import FLOAT, INT64, script
+from onnxscript.values import Opset
+
+from attnspan.export.ops import DOMAIN, OPSET, VERSION
+
+op = Opset("", OPSET)
+
+
+@script(Opset(DOMAIN, VERSION), default_opset=op)
+def LshAttention(  # type: ignore[no-untyped-def]  # noqa: N802 - the op's name
+    query,
+    key,
+    value,
+    past_key,
+    past_value,
+    past_state,
+    length,
+    projection,
+    num_heads: int,
+    kv_num_heads: int,
+    index: str,
+    bits: int,
+    tables: int,
+    signature_bits: int,
+    max_hamming: Sequence[int],
+    sink: int = 64,
+    window: int = 64,
+    scale: float = 0.0,
+    softcap: float = 0.0,
+    min_collisions: int = 2,
+    min_inclusion: float = 0.0,
+    dense_below: int = -1,
+    layer: int = 0,
+    identity: int = 0,
+):
+    """Body of LshAttention for floating-point caches. Parameters without a use are there because nodes have the attributes.
+
+    Past caches are read by TensorScatter alone, so that a past and its present may be the same buffer.
+    """
+    zero = op.Constant(value_int=0)
+    one = op.Constant(value_int=1)
+    axis_0 = op.Constant(value_ints=[0])
+    axis_1 = op.Constant(value_ints=[1])
+    axis_2 = op.Constant(value_ints=[2])
+    rest = op.Constant(value_ints=[-1])
+
+    kv_heads = op.Reshape(op.Constant(value_int=kv_num_heads), axis_1)
+    dim = op.Shape(past_key, start=2)
+    slots = op.Shape(past_key, start=1, end=2)
+    capacity = slots / kv_heads
+    tokens = op.Shape(query, start=1, end=2)
+    start = op.Cast(length, to=INT64.dtype)
+
+    # The chunk as the caches store it, written at its positions: [batch, kv_heads, capacity, dim].
+    by_token = op.Concat(axis_0, axis_0, kv_heads, dim, axis=0)
+    by_head = op.Concat(axis_0, kv_heads, capacity, dim, axis=0)
+    packed = op.Concat(axis_0, slots, dim, axis=0)
+    new_key = op.Transpose(op.Reshape(op.CastLike(key, past_key), by_token), perm=[0, 2, 1, 3])
+    new_value = op.Transpose(op.Reshape(op.CastLike(value, past_value), by_token), perm=[0, 2, 1, 3])
+    all_key = op.TensorScatter(op.Reshape(past_key, by_head), new_key, start, axis=-2)
+    all_value = op.TensorScatter(op.Reshape(past_value, by_head), new_value, start, axis=-2)
+    present_key = op.Reshape(all_key, packed)
+    present_value = op.Reshape(all_value, packed)
+
+    # What is seen, [batch, 1, 1, tokens, capacity].
+    position = op.Range(zero, op.Squeeze(capacity), one)
+    query_position = op.Unsqueeze(start, axis_1) + op.Range(zero, op.Squeeze(tokens), one)
+    seen = op.LessOrEqual(position, op.Unsqueeze(query_position, op.Constant(value_ints=[1, 2, 4])))
+
+    # Scores in fp32, [batch, kv_heads, group, tokens, capacity].
+    given_scale = op.Constant(value_float=scale)
+    natural_scale = op.Reciprocal(op.Sqrt(op.Cast(op.Squeeze(dim), to=FLOAT.dtype)))
+    factor = op.Where(op.Equal(given_scale, 0.0), natural_scale, given_scale)
+    grouped = op.Reshape(query, op.Concat(axis_0, axis_0, kv_heads, rest, dim, axis=0))
+    queries = op.Transpose(op.Cast(grouped, to=FLOAT.dtype), perm=[0, 2, 3, 1, 4]) * factor
+    keys_t = op.Transpose(op.Cast(all_key, to=FLOAT.dtype), perm=[0, 1, 3, 2])
+    score = op.MatMul(queries, op.Unsqueeze(keys_t, axis_2))
+    cap = op.Constant(value_float=softcap)
+    uncapped = op.Equal(cap, 0.0)
+    score = op.Where(uncapped, score, cap * op.Tanh(score / op.Where(uncapped, 1.0, cap)))
+    score = op.Where(seen, score, -1e30)
+
+    mixed = op.MatMul(op.Softmax(score, axis=-1), op.Unsqueeze(op.Cast(all_value, to=FLOAT.dtype), axis_2))
+    joined = op.Reshape(op.Transpose(mixed, perm=[0, 3, 1, 2, 4]), op.Concat(axis_0, axis_0, rest, axis=0))
+    output = op.CastLike(joined, query)
+    lse = op.Reshape(op.ReduceLogSumExp(score, rest, keepdims=0), op.Concat(axis_0, rest, tokens, axis=0))
+    present_state = op.Identity(past_state)
+    return output, present_key, present_value, present_state, lse

@@ -1,0 +1,139 @@
+"""LshAttention's function body on stock ONNX Runtime: exact attention over everything, against the NumPy reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import span_op
+from onnx import TensorProto, helper, numpy_helper
+from reference import span_attention_reference
+
+from attnspan.export.lsh_function import LshAttention
+from attnspan.export.ops import DOMAIN, IR_VERSION, LSH_ATTENTION, OPSET, VERSION, register_schemas
+from attnspan.planner.lsh import projection
+
+DIM, CAPACITY, BYTES = 8, 64, 192
+INDEXES: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "signature": {"signature_bits": 64, "max_hamming": [20, 30]},
+    "tables": {"bits": 3, "tables": 10, "min_collisions": 2},
+}
+
+
+def session(index: str, cache: Any, with_lse: bool = True, **attributes: Any) -> ort.InferenceSession:
+    """One LshAttention node, 4 query heads on 2 KV heads, and its body; no op library."""
+    shapes = {
+        "query": ["batch", "tokens", 4 * DIM],
+        "key": ["batch", "tokens", 2 * DIM],
+        "value": ["batch", "tokens", 2 * DIM],
+        "past_key": ["batch", 2 * CAPACITY, DIM],
+        "past_value": ["batch", 2 * CAPACITY, DIM],
+        "past_state": ["batch", BYTES],
+        "length": ["batch"],
+        "output": ["batch", "tokens", 4 * DIM],
+        "present_key": ["batch", 2 * CAPACITY, DIM],
+        "present_value": ["batch", 2 * CAPACITY, DIM],
+        "present_state": ["batch", BYTES],
+        "lse": ["batch", 4, "tokens"],
+    }
+    kinds = [np.float32] * 3 + [cache] * 2 + [np.uint8, np.int32, np.float32, cache, cache, np.uint8, np.float32]
+    onnx_types = span_op.ONNX_TYPE | {np.dtype(np.uint8): TensorProto.UINT8}
+    values = [
+        helper.make_tensor_value_info(name, onnx_types[np.dtype(kind)], shape)
+        for (name, shape), kind in zip(shapes.items(), kinds, strict=True)
+    ]
+    names = list(shapes)
+    columns = {"exact": 0, "signature": 64, "tables": 30}[index]
+    constants = [numpy_helper.from_array(projection(DIM, columns, 0), "projection")] if columns else []
+    outputs = slice(7, 12 if with_lse else 11)
+    attributes |= INDEXES[index] | {"index": index, "num_heads": 4, "kv_num_heads": 2, "layer": 3, "identity": 2**62}
+    inputs = [*names[:7], "projection"] if columns else names[:7]
+    node = helper.make_node(LSH_ATTENTION.name, inputs, names[outputs], domain=DOMAIN, **attributes)
+    graph = helper.make_graph([node], "one_node", values[:7], values[outputs], constants)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    body = LshAttention.to_function_proto()
+    if not with_lse:
+        body.output.pop()
+    model = helper.make_model(graph, opset_imports=opsets, functions=[body], ir_version=IR_VERSION)
+    register_schemas()
+    onnx.checker.check_model(model)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def check(runner: ort.InferenceSession, cache: Any, in_place: bool, chunks: list[int], **attributes: float) -> None:
+    """Ragged rows, chunk after chunk: outputs within 2e-6 of the reference, caches to the bit, the state as it was."""
+    rng, lengths = np.random.default_rng(0), np.array([0, 13], np.int32)
+    past = [rng.standard_normal((2, 2 * CAPACITY, DIM)).astype(cache) for _ in range(2)]
+    state = rng.integers(0, 256, (2, BYTES), np.uint8)
+    before = state.copy()
+    for tokens in chunks:
+        query = rng.standard_normal((2, tokens, 4 * DIM)).astype(np.float32)
+        key, value = (rng.standard_normal((2, tokens, 2 * DIM)).astype(np.float32) for _ in range(2))
+        everything = np.full((2, 2), CAPACITY)
+        want, *want_past, want_lse = span_attention_reference(
+            query, key, value, *past, lengths, everything, [CAPACITY] * 2, 0, **attributes
+        )
+        feeds = dict(zip(span_op.INPUTS[:5], (query, key, value, *past), strict=True)) | {"length": lengths, "past_state": state}
+        got = run(runner, feeds, in_place)
+        np.testing.assert_allclose(got["output"], want, rtol=2e-6, atol=2e-6)
+        np.testing.assert_allclose(got["lse"], want_lse, rtol=2e-6, atol=2e-6)
+        for name, expected in zip(("present_key", "present_value"), want_past, strict=True):
+            np.testing.assert_array_equal(got[name].view(np.uint8), expected.view(np.uint8))
+        np.testing.assert_array_equal(got["present_state"], before)
+        past, lengths = want_past, lengths + np.int32(tokens)
+
+
+def run(runner: ort.InferenceSession, feeds: dict[str, np.ndarray], in_place: bool) -> dict[str, np.ndarray]:
+    binding = runner.io_binding()
+    types = span_op.ONNX_TYPE | {np.dtype(np.uint8): TensorProto.UINT8}
+    for name, array in feeds.items():
+        binding.bind_input(name, "cpu", 0, types[array.dtype], list(array.shape), array.ctypes.data)
+    batch, tokens, width = feeds["query"].shape
+    out = {"output": np.zeros((batch, tokens, width), np.float32), "lse": np.zeros((batch, 4, tokens), np.float32)}
+    for name in ("key", "value", "state"):
+        past = feeds[f"past_{name}"]
+        out[f"present_{name}"] = past if in_place else np.zeros_like(past)
+    for name, array in out.items():
+        binding.bind_output(name, "cpu", 0, types[array.dtype], list(array.shape), array.ctypes.data)
+    runner.run_with_iobinding(binding)
+    return out
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("cache", [np.float32, np.float16, span_op.bfloat16], ids=str)
+@pytest.mark.parametrize("index", INDEXES)
+def test_it_is_exact(index: str, cache: Any, in_place: bool) -> None:
+    """Up to the last slot, in place or not."""
+    check(session(index, cache), cache, in_place, [5, 1, 30, 1, 13, 1])
+
+
+@pytest.mark.parametrize("attributes", [{"scale": 0.3}, {"softcap": 2.0}, {"scale": 1.5, "softcap": 0.5}], ids=str)
+def test_attributes(attributes: dict[str, float]) -> None:
+    check(session("signature", np.float32, **attributes), np.float32, False, [7, 1], **attributes)
+
+
+def test_a_node_may_leave_lse_out() -> None:
+    runner = session("tables", np.float32, with_lse=False)
+    assert [x.name for x in runner.get_outputs()] == ["output", "present_key", "present_value", "present_state"]
+
+
+def test_a_chunk_beyond_the_caches_is_an_error() -> None:
+    with pytest.raises(Exception, match="TensorScatter"):
+        check(session("exact", np.float32), np.float32, False, [60])
+
+
+def test_attributes_are_those_of_the_schema() -> None:
+    """What a node may have, its body must know; the op library reads the rest."""
+    body = LshAttention.to_function_proto()
+    assert {*body.attribute, *(x.name for x in body.attribute_proto)} == set(LSH_ATTENTION.attributes)
+    defaults = {x.name: helper.get_attribute_value(x) for x in body.attribute_proto}
+    for name, value in defaults.items():
+        assert value == helper.get_attribute_value(LSH_ATTENTION.attributes[name].default_value)
+    assert list(body.input) == [x.name for x in LSH_ATTENTION.inputs[:8]]
+    assert list(body.output) == [x.name for x in LSH_ATTENTION.outputs]

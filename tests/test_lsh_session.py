@@ -1,0 +1,160 @@
+"""Sessions over artefacts with sampled heads: prompts exact, steps sampled, rows apart, memory counted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from sampled_artefacts import ATOL, LIBRARIES, N_MAX, export_kinds, needs_library, opened, steps, tokens
+
+from attnspan.planner.errors import UserError
+from attnspan.runtime.generate import IDLE
+
+Kinds = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> Kinds:
+    return export_kinds(tmp_path_factory.mktemp("kinds"))
+
+
+@pytest.fixture(scope="module")
+def sampling(kinds: Kinds) -> Kinds:
+    """The sampled artefacts, changed to sample from the first indexed key on: of its own accord the library does so from 2048."""
+    found = {}
+    for name in ("signature", "tables"):
+        folder = found[name] = kinds[name].parent / "sampling"
+        shutil.copytree(kinds[name], folder)
+        model = onnx.load(folder / "model.onnx", load_external_data=False)
+        for node in model.graph.node:
+            if node.op_type == "LshAttention":
+                node.attribute.append(onnx.helper.make_attribute("dense_below", 0))
+        content = model.SerializeToString()
+        (folder / "model.onnx").write_bytes(content)
+        info = json.loads((folder / "attnspan.json").read_text())
+        info["files"]["model.onnx"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (folder / "attnspan.json").write_text(json.dumps(info))
+    return found
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["exact", "signature", "tables"])
+def test_prompts_are_exact(name: str, kinds: Kinds) -> None:
+    """And steps too, where the index is `exact`."""
+    fast, slow = opened(kinds[name], "library"), opened(kinds[name])
+    assert fast.library is not None
+    for count in (600, 90):
+        prompt = tokens(count, count)
+        np.testing.assert_allclose(fast.prefill(0, prompt, 50), slow.prefill(0, prompt, 50), atol=ATOL)
+    if name == "exact":
+        np.testing.assert_allclose(steps(fast, 0, 10), steps(slow, 0, 10), atol=ATOL)
+
+
+@needs_library
+@pytest.mark.parametrize("count", [513, 512, 511, 514])
+def test_the_last_token_of_a_prompt_is_exact(count: int, kinds: Kinds) -> None:
+    """Chunks of 128: the last one would be a single token, that is a step, for 513."""
+    fast, slow = opened(kinds["signature"], "library", chunk=128), opened(kinds["signature"])
+    prompt = tokens(count)
+    np.testing.assert_allclose(fast.prefill(0, prompt, 200), slow.prefill(0, prompt, 200), atol=ATOL)
+
+
+@needs_library
+def test_prefill_reports_its_chunks(kinds: Kinds) -> None:
+    seen: list[tuple[int, int, int]] = []
+    opened(kinds["tables"], "library", chunk=128).prefill(0, tokens(257), on_progress=lambda *x: seen.append(x))
+    assert seen == [(0, 0, 257), (0, 128, 257), (0, 255, 257), (0, 257, 257)]
+
+
+@pytest.mark.parametrize("how", LIBRARIES)
+@pytest.mark.parametrize("name", ["signature", "tables"])
+def test_rows_do_not_see_each_other(name: str, how: str, kinds: Kinds) -> None:
+    """Ragged rows with idle steps, one empty, one full to the last slot; then a second turn and a row that starts over."""
+    prompts = [tokens(700, 1), tokens(3, 2), tokens(N_MAX, 3)]
+    together = opened(kinds[name], how, batch=4)
+    alone = [opened(kinds[name], how) for _ in prompts]
+    for row, prompt in enumerate(prompts):
+        np.testing.assert_allclose(together.prefill(row, prompt), alone[row].prefill(0, prompt), atol=ATOL)
+    for step, token in enumerate(tokens(12, 4)):
+        feed = [token, token if step % 2 else IDLE, IDLE, IDLE]
+        logits = together.decode(feed)
+        for row in (0, 1):
+            if feed[row] != IDLE:
+                np.testing.assert_allclose(logits[row], alone[row].decode([token])[0], atol=ATOL)
+    assert together.lengths.tolist() == [712, 9, N_MAX, 0]
+    together.reset([2])
+    alone[2].reset()
+    for row, more in ((0, tokens(90, 5)), (2, tokens(500, 6))):
+        np.testing.assert_allclose(together.prefill(row, more), alone[row].prefill(0, more), atol=ATOL)
+        np.testing.assert_allclose(steps(together, row, 3), steps(alone[row], 0, 3), atol=ATOL)
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["signature", "tables"])
+def test_steps_after_a_long_prompt_sample(name: str, sampling: Kinds, tmp_path: Path) -> None:
+    """They are near the exact ones; copies of an index, saved or forked, give the same to the bit, while new tokens enter it."""
+    sampled, exact = opened(sampling[name], "library"), opened(sampling[name])
+    prompt = tokens(700)
+    np.testing.assert_allclose(sampled.prefill(0, prompt), exact.prefill(0, prompt), atol=ATOL)
+    got, want = steps(sampled, 0, 5), steps(exact, 0, 5)
+    assert np.abs(got - want).max() > 10 * ATOL
+    assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.7
+    sampled.save(tmp_path / "row")
+    other = opened(sampling[name], "library", batch=2)
+    other.load(tmp_path / "row", 1)
+    other.fork(1, 0)
+    want = steps(sampled, 0, 100, 6)
+    np.testing.assert_array_equal(steps(other, 1, 100, 6), want)
+    np.testing.assert_array_equal(steps(other, 0, 100, 6), want)
+
+
+@needs_library
+def test_ragged_sampled_rows_equal_rows_alone(sampling: Kinds) -> None:
+    prompts = [tokens(700, 1), tokens(40, 2), tokens(450, 3)]
+    together = opened(sampling["signature"], "library", batch=3)
+    alone = [opened(sampling["signature"], "library") for _ in prompts]
+    for row, prompt in enumerate(prompts):
+        together.prefill(row, prompt)
+        alone[row].prefill(0, prompt)
+    for token in tokens(20, 4):
+        for row, logits in enumerate(together.decode([token] * 3)):
+            np.testing.assert_allclose(logits, alone[row].decode([token])[0], atol=ATOL)
+    # A second turn, then more steps.
+    together.prefill(1, tokens(500, 5))
+    alone[1].prefill(0, tokens(500, 5))
+    np.testing.assert_allclose(steps(together, 1, 10), steps(alone[1], 0, 10), atol=ATOL)
+
+
+@needs_library
+def test_a_state_of_another_layer_is_refused(sampling: Kinds) -> None:
+    """The session cannot mix them up, the op would notice."""
+    session = opened(sampling["signature"], "library")
+    session.prefill(0, tokens(400))
+    states = dict(zip(session._caches.names, session._caches.past, strict=True))
+    states["state.1"][0, : states["state.0.lsh"].shape[1]] = states["state.0.lsh"][0]
+    with pytest.raises(Exception, match="past_state has kv_num_heads 1; this node's is 2"):
+        session.decode([1])
+
+
+def test_bytes_of_states(kinds: Kinds) -> None:
+    session = opened(kinds["tables"], batch=2)
+    sizes = {name: array.nbytes for name, array in zip(session._caches.names, session._caches.past, strict=True)}
+    assert session.state_bytes == sizes["state.0.lsh"] + sizes["state.1"] > 0
+    assert session.kv_bytes + session.state_bytes == sum(sizes.values())
+    assert opened(kinds["span"]).state_bytes == 0
+    for array in session._caches.past:
+        assert array.ctypes.data % 64 == 0
+        assert array.strides[0] % 64 == 0
+
+
+def test_indexes_that_do_not_fit_are_refused(kinds: Kinds, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnspan.runtime.memory.available_bytes", lambda: 1_000_000)
+    with pytest.raises(UserError, match=r"indexes of 0\.00 GB and caches of 0\.00 GB \(9 rows of 1024 tokens\).*lower the batch"):
+        opened(kinds["tables"], batch=9)
+    opened(kinds["tables"], batch=9, check_memory=False)
+    opened(kinds["span"], batch=9)
