@@ -23,7 +23,7 @@ constexpr int64_t kLine = 64 / int64_t(sizeof(C));  // elements of a cache line
 // memory is busy all the time. The hardware alone does not keep up, above all with V, which is walked in columns.
 template <class C>
 ATTNSPAN_INLINE void fetch(const C* p, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLine<C>) __builtin_prefetch(p + i);
+  for (int64_t i = 0; i < count; i += kLine<C>) __builtin_prefetch(p + i, 0, 2);
 }
 
 // Scores of `T` tokens for `G` heads into s[token * P + head]; P = 4 for three or four heads.
@@ -58,7 +58,7 @@ ATTNSPAN_INLINE void add_values(const float* p, int64_t tokens, const C* value, 
   const C* next = value + ahead + d0 * tokens;  // this pass's share, so that all passes together walk the block in order
   for (int64_t t = 0; t < tokens; ++t) {
     const C* row = value + t * dim + d0;
-    __builtin_prefetch(next + t * N * W);
+    __builtin_prefetch(next + t * N * W, 0, 2);
     vf v[N];
     for (int i = 0; i < N; ++i) v[i] = load(row + i * W);
     for (int g = 0; g < G; ++g) {

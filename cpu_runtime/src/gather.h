@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int kRows = 24;  // as kBlock
+constexpr int kRows = 32;
 
 static_assert(attnspan::kPad >= kRows + 4);
 
@@ -53,7 +53,7 @@ ATTNSPAN_INLINE void fetch_far(const C* p, int64_t count) {
 
 // Products of T centred rows with G heads into s[t * P + g], their squared norms into norm[t].
 template <class C, int G, int T, int P>
-ATTNSPAN_INLINE void score_rows(const attnspan::GatherTask& task, const int32_t* id, const int32_t* next, float* s, float* norm) {
+ATTNSPAN_INLINE void score_rows(const attnspan::GatherTask& task, const int32_t* id, float* s, float* norm) {
   const int64_t dim = task.head_dim;
   const C *base = static_cast<const C*>(task.key), *row[T];
   for (int t = 0; t < T; ++t) row[t] = base + int64_t(id[t]) * dim;
@@ -72,7 +72,6 @@ ATTNSPAN_INLINE void score_rows(const attnspan::GatherTask& task, const int32_t*
       for (int t = 0; t < T; ++t) acc[t][g] += k[t] * q;
     }
   }
-  for (int t = 0; t < T; ++t) fetch_far(base + int64_t(next[t]) * dim, dim);
   const vf* a = &acc[0][0];
   for (int i = 0; i < T * P; i += 4) sum_lanes4(a[i], a[i + 1], a[i + 2], a[i + 3], s + i);
   float squares[4];
@@ -96,7 +95,10 @@ ATTNSPAN_INLINE void add_rows(const attnspan::GatherTask& task, const float* p, 
     for (int i = 0; i < N; ++i) a[g][i] = load(acc + g * dim + d0 + i * W);
   for (int64_t t = 0; t < rows; ++t) {
     const C* row = base + int64_t(id[t]) * dim + d0;
-    if (d0 == 0) fetch_far(base + int64_t(next[t]) * dim, dim);
+    if (d0 == 0) {
+      fetch_far(static_cast<const C*>(task.key) + int64_t(next[t]) * dim, dim);
+      fetch_far(base + int64_t(next[t]) * dim, dim);
+    }
     vf v[N];
     for (int i = 0; i < N; ++i) v[i] = load(row + i * W);
     for (int g = 0; g < G; ++g) {
@@ -150,7 +152,7 @@ ATTNSPAN_INLINE void gather_block(const attnspan::GatherTask& task, const QueryF
   constexpr int P = lanes_of(G), T = kRegisters == 32 || P < 4 ? 4 : 2, N = kRegisters / 2 / P;
   const int64_t dim = task.head_dim, lanes = rows * P, padded = (lanes + W - 1) / W * W;
   alignas(64) float s[kRows * 4 + 2 * W], inverse[kRows * 4 + 2 * W], bias[kRows * 4 + 2 * W], norm[kRows + W];
-  for (int64_t t = 0; t < rows; t += T) score_rows<C, G, T, P>(task, id + t, next + t, s + t * P, norm + t);
+  for (int64_t t = 0; t < rows; t += T) score_rows<C, G, T, P>(task, id + t, s + t * P, norm + t);
   for (int64_t t = rows; t < rows + W && t < kRows + W; ++t) norm[t] = 1.f;
   for (int64_t t = 0; t < rows; t += W) store(norm + t, 1.f / square_root(load(norm + t)));
   for (int64_t t = 0; t < rows; ++t)

@@ -118,7 +118,7 @@ struct GatherTask {
   const float* log_inclusion;  // [kInclusion + 1] log u at sin(theta / 2) = 0 ... 1
   float softcap;
 };
-constexpr int64_t kPad = 32, kInclusion = 2048;
+constexpr int64_t kPad = 64, kInclusion = 2048;
 
 struct Kernels {
   const char* name;

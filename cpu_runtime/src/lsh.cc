@@ -42,7 +42,8 @@ constexpr int64_t kHashTokens = 256;    // keys of one hashing task
 constexpr int64_t kBulkMerge = 1024;    // codes that a prefill leaves unsorted in a table, at least
 constexpr int64_t kStepMerge = 1024;    // codes above which decode steps sort a table
 constexpr int64_t kExactTokens = 2048;  // tokens of an exact decode task
-constexpr int64_t kScanTokens = 8192;   // tokens of a sampling task over signatures
+// Tokens of a sampling task over signatures: more where there are many tasks, as each waits for the first rows that it draws.
+constexpr int64_t kShortScan = 8192, kLongScan = 32768, kManyScans = 64;
 constexpr int64_t kQuad = 4;            // query heads that may share a pass over the drawn rows
 constexpr int64_t kShared = 2;          // heads that draw a row on average, above which they do
 constexpr float kNothing = -1e30f;      // running maximum before any key: finite, so that a head that drew nothing gives zeros
@@ -284,6 +285,9 @@ bool Op::decode() {
   const int64_t dense_below = config.dense_below < 0 ? kDenseBelow : config.dense_below;
   const bool tabled = config.index.kind == IndexKind::tables;
   bool any = false;
+  int64_t scanned = 0;
+  for (const Index& row : index) scanned += row.indexed() * config.kv_heads;
+  const int64_t scan = tabled ? kSegment : std::clamp(scanned / kManyScans / kShortScan * kShortScan, kShortScan, kLongScan);
   for (int64_t i = 0; i < pairs(); ++i) {
     const int64_t b = i / config.kv_heads, tokens = call.length[b] + 1;
     const bool sampled = config.index.kind != IndexKind::exact && tokens >= dense_below && index[b].indexed() > config.sink;
@@ -295,7 +299,7 @@ bool Op::decode() {
     if (sampled) {
       split(0, config.sink, kExactTokens, false);
       split(index[b].indexed(), tokens, kExactTokens, false);
-      split(config.sink, index[b].indexed(), tabled ? kSegment : kScanTokens, true);
+      split(config.sink, index[b].indexed(), scan, true);
     } else {
       split(0, tokens, kExactTokens, false);
     }
