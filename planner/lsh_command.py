@@ -10,7 +10,7 @@ from attnspan.planner.rules import LshParams
 
 __all__ = ["MAX_HAMMING", "register"]
 
-MAX_HAMMING = {64: 20, 128: 47, 256: 105}
+MAX_HAMMING = {64: 20, 128: 47, 256: 101}
 """Default threshold by signature length: draws 0.5, 0.9, 2.5 % of keys whose cosine to the query has mean 0 and deviation 0.1."""
 TABLES = {"bits": 10, "tables": 150, "min_collisions": 2}
 """MagicPIG's own: 1.8 % of such keys."""
@@ -30,12 +30,13 @@ def register(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> argp
         "--index", default="signature", help="how keys are drawn: signature (default), tables; exact: all, a test"
     )
     bounds = ", ".join(f"{bound} for {bits}" for bits, bound in MAX_HAMMING.items())
-    parser.add_argument("--signature-bits", type=int, metavar="N", help="signature: bits of a key, 64, 128 (default) or 256")
+    parser.add_argument("--signature-bits", type=int, metavar="N", help="signature: bits of a key, 64, 128 or 256 (default)")
     parser.add_argument(
         "--max-hamming",
         type=int,
         metavar="H",
-        help=f"signature: keys at most so far are drawn (default {bounds}; about 0.5, 0.9, 2.5 %% of the keys)",
+        help=f"signature: keys at most so far are drawn (default {bounds}; about 0.5, 0.9, 1 %% of synthetic keys, 2 to 5 %% of "
+        "a real model's)",
     )
     parser.add_argument("--bits", type=int, metavar="K", help=f"tables: bits of a hash, 1 to 15 (default {TABLES['bits']})")
     parser.add_argument("--tables", type=int, metavar="L", help=f"tables: hash tables, 1 to 1024 (default {TABLES['tables']})")
@@ -76,7 +77,7 @@ def _params(args: argparse.Namespace) -> LshParams:
     if args.index == "tables":
         defaults = TABLES
     elif args.index == "signature":
-        bits = 128 if given["signature_bits"] is None else given["signature_bits"]
+        bits = 256 if given["signature_bits"] is None else given["signature_bits"]
         defaults = {"signature_bits": bits, "max_hamming": MAX_HAMMING.get(bits)}
     filled = {name: defaults.get(name) if value is None else value for name, value in given.items()}
     return LshParams(args.index, args.window, seed=args.seed, min_inclusion=args.min_inclusion, **filled)

@@ -117,7 +117,7 @@ def test_keys_are_drawn_as_often_as_predicted() -> None:
 def test_the_defaults_draw_what_their_help_says() -> None:
     cos = np.random.default_rng(0).normal(0, 0.1, 200_000)
     shares = [inclusion(LshParams("signature", 64, signature_bits=b, max_hamming=h), cos).mean() for b, h in MAX_HAMMING.items()]
-    assert [round(100 * share, 1) for share in shares] == [0.5, 0.9, 2.5]
+    assert [round(100 * share, 1) for share in shares] == [0.5, 0.9, 1.0]
     assert round(100 * inclusion(TABLES, cos).mean(), 1) == 1.8
 
 
@@ -198,10 +198,10 @@ COMMAND = ["plan", "lsh", "--layers", "18", "--heads", "8", "--kv-heads", "4", "
 @pytest.mark.parametrize(
     ("options", "params"),
     [
-        ([], SIGNATURE),
-        (["--signature-bits", "256"], LshParams("signature", 64, signature_bits=256, max_hamming=105)),
+        ([], LshParams("signature", 64, signature_bits=256, max_hamming=101)),
+        (["--signature-bits", "128"], SIGNATURE),
         (["--signature-bits", "64", "--window", "32"], LshParams("signature", 32, signature_bits=64, max_hamming=20)),
-        (["--max-hamming", "50", "--seed", "3"], LshParams("signature", 64, signature_bits=128, max_hamming=50, seed=3)),
+        (["--max-hamming", "50", "--seed", "3"], LshParams("signature", 64, signature_bits=256, max_hamming=50, seed=3)),
         (["--index", "tables"], TABLES),
         (
             ["--index", "tables", "--bits", "8", "--tables", "75", "--min-collisions", "1", "--min-inclusion", "0.1"],
@@ -246,7 +246,7 @@ def test_plan_lsh_takes_the_shape_and_length_from_a_model(tmp_path: Path) -> Non
         (["--index", "tables", "--bits", "16"], "from 1 to 15; change --bits"),
         (["--index", "tables", "--tables", "1025"], "from 1 to 1024; change --tables"),
         (["--signature-bits", "100"], "64, 128 or 256; change --signature-bits"),
-        (["--max-hamming", "129"], "from 0 to 128; change --max-hamming"),
+        (["--max-hamming", "257"], "from 0 to 256; change --max-hamming"),
         (["--window", "0"], "change --window"),
         (["--window", "8129"], "window and 64 sinks must fit in n_max = 8192"),
         (["--dense-layers", "0,18"], "dense layer is 18: must be an integer from 0 to 17"),

@@ -44,6 +44,9 @@ constexpr int64_t kStepMerge = 1024;    // codes above which decode steps sort a
 constexpr int64_t kExactTokens = 2048;  // tokens of an exact decode task
 // Tokens of a sampling task over signatures: more where there are many tasks, as each waits for the first rows that it draws.
 constexpr int64_t kShortScan = 8192, kLongScan = 32768, kManyScans = 64;
+// Tokens from which a step samples: tables win from 4096 on, signatures from 1024, where the little there is to save is not worth the noise
+// (docs/results.md). Of signatures, of tables.
+constexpr int64_t kDenseBelow[] = {2048, 4096};
 constexpr int64_t kQuad = 4;            // query heads that may share a pass over the drawn rows
 constexpr int64_t kShared = 2;          // heads that draw a row on average, above which they do
 constexpr float kNothing = -1e30f;      // running maximum before any key: finite, so that a head that drew nothing gives zeros
@@ -282,8 +285,8 @@ bool Op::decode() {
   };
   std::vector<Task> task;
   std::vector<int64_t> first_task;
-  const int64_t dense_below = config.dense_below < 0 ? kDenseBelow : config.dense_below;
   const bool tabled = config.index.kind == IndexKind::tables;
+  const int64_t dense_below = config.dense_below < 0 ? kDenseBelow[tabled] : config.dense_below;
   bool any = false;
   int64_t scanned = 0;
   for (const Index& row : index) scanned += row.indexed() * config.kv_heads;

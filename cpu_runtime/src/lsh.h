@@ -19,16 +19,13 @@ struct LshConfig {
   int64_t window = 0;  // most recent tokens that are never sampled, the current one among them
   float scale = 0.f;
   float softcap = 0.f;
-  int64_t dense_below = -1;  // tokens under which a step is exact; -1: kDenseBelow
+  int64_t dense_below = -1;  // tokens under which a step is exact; -1: where sampling begins to win
   float min_inclusion = 0.f;  // probabilities below weigh as this: less variance for some bias
   IndexConfig index;
   std::vector<int64_t> max_hamming;  // of each KV head, for signatures
 
   std::string check() const;  // what is wrong with the configuration; empty if nothing
 };
-
-// Where sampling begins to win, measured: see docs/results.md.
-constexpr int64_t kDenseBelow = 2048;
 
 // What is computed once from the projection [dim, columns] and the configuration.
 struct LshTables {
