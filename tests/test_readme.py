@@ -14,7 +14,7 @@ from tiny_models import save_tiny_model
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Sizes that suit a tiny model; the commands are the README's.
-SMALLER = {"4096": "64", "32768": "512"}
+SMALLER = {"4096": "64", "32768": "512", "8192": "1024", "8000": "900"}
 
 
 FEWER = {
@@ -61,7 +61,7 @@ def run(words: list[str], folder: Path) -> None:
 
 def test_commands(folder: Path) -> None:
     lines = [shlex.split(line, comments=True) for line in blocks("sh")[1].splitlines()]
-    verbs = ["calibrate", "plan", "plan", "report", "eval", "inspect", "export.py", "run", "bench", "bench"]
+    verbs = ["calibrate", "plan", "plan", "report", "eval", "inspect", "export.py", "run", "bench", "bench", "capture", "bench"]
     assert [words[1] for words in lines] == verbs
     run(["attnspan", "export", "MODEL", "DENSE", "--density", "1", "--no-verify"], folder)
     for words in lines:
