@@ -45,22 +45,26 @@ ATTNSPAN_INLINE vf log_inclusion(const float* table, vf cosine) {
   return low + (high - low) * part;
 }
 
-// Asks the second cache for a row that is needed in a block's time: it takes many more requests at once than the first.
+// Asks the second cache for a row that is needed in a block's time: it takes many more requests at once than the first. Keys are asked
+// for while keys are multiplied and values while values are summed, line by line, so that memory is busy all the time.
 template <class C>
 ATTNSPAN_INLINE void fetch_far(const C* p, int64_t count) {
   for (int64_t i = 0; i < count; i += kLine<C>) __builtin_prefetch(p + i, 0, 2);
 }
 
-// Products of T centred rows with G heads into s[t * P + g], their squared norms into norm[t].
+// Products of T centred rows with G heads into s[t * P + g], their squared norms into norm[t]; asks for T rows of the next block.
 template <class C, int G, int T, int P>
-ATTNSPAN_INLINE void score_rows(const attnspan::GatherTask& task, const int32_t* id, float* s, float* norm) {
+ATTNSPAN_INLINE void score_rows(const attnspan::GatherTask& task, const int32_t* id, const int32_t* next, float* s,
+                                float* norm) {
   const int64_t dim = task.head_dim;
-  const C *base = static_cast<const C*>(task.key), *row[T];
-  for (int t = 0; t < T; ++t) row[t] = base + int64_t(id[t]) * dim;
+  const C *base = static_cast<const C*>(task.key), *row[T], *ahead[T];
+  for (int t = 0; t < T; ++t) row[t] = base + int64_t(id[t]) * dim, ahead[t] = base + int64_t(next[t]) * dim;
   vf acc[T][P] = {}, square[4] = {};
   int64_t d = 0;
   for (; d + W <= dim; d += W) {
     const vf mean = load(task.mean + d);
+    if (d % kLine<C> == 0)
+      for (int t = 0; t < T; ++t) __builtin_prefetch(ahead[t] + d, 0, 2);
     vf k[T];
     for (int t = 0; t < T; ++t) {
       k[t] = load(row[t] + d) - mean;
@@ -95,10 +99,7 @@ ATTNSPAN_INLINE void add_rows(const attnspan::GatherTask& task, const float* p, 
     for (int i = 0; i < N; ++i) a[g][i] = load(acc + g * dim + d0 + i * W);
   for (int64_t t = 0; t < rows; ++t) {
     const C* row = base + int64_t(id[t]) * dim + d0;
-    if (d0 == 0) {
-      fetch_far(static_cast<const C*>(task.key) + int64_t(next[t]) * dim, dim);
-      fetch_far(base + int64_t(next[t]) * dim, dim);
-    }
+    fetch_far(base + int64_t(next[t]) * dim + d0, N * W);
     vf v[N];
     for (int i = 0; i < N; ++i) v[i] = load(row + i * W);
     for (int g = 0; g < G; ++g) {
@@ -149,10 +150,10 @@ ATTNSPAN_INLINE QueryFacts query_facts(const attnspan::GatherTask& task) {
 template <class C, int G>
 ATTNSPAN_INLINE void gather_block(const attnspan::GatherTask& task, const QueryFacts& facts, const int32_t* id, const uint8_t* drawn,
                                   const int32_t* next, int64_t rows, Running& running, float* acc) {
-  constexpr int P = lanes_of(G), T = kRegisters == 32 || P < 4 ? 4 : 2, N = kRegisters / 2 / P;
+  constexpr int P = lanes_of(G), T = kRegisters == 32 || P < 4 ? 4 : 2, N = P == 1 ? 8 : kRegisters / 2 / P;
   const int64_t dim = task.head_dim, lanes = rows * P, padded = (lanes + W - 1) / W * W;
   alignas(64) float s[kRows * 4 + 2 * W], inverse[kRows * 4 + 2 * W], bias[kRows * 4 + 2 * W], norm[kRows + W];
-  for (int64_t t = 0; t < rows; t += T) score_rows<C, G, T, P>(task, id + t, s + t * P, norm + t);
+  for (int64_t t = 0; t < rows; t += T) score_rows<C, G, T, P>(task, id + t, next + t, s + t * P, norm + t);
   for (int64_t t = rows; t < rows + W && t < kRows + W; ++t) norm[t] = 1.f;
   for (int64_t t = 0; t < rows; t += W) store(norm + t, 1.f / square_root(load(norm + t)));
   for (int64_t t = 0; t < rows; ++t)
