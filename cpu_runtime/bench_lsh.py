@@ -22,6 +22,7 @@ __all__ = ["register"]
 
 _BASELINES = ("attnspan-dense", "ort-gqa", "ort-gqa-int8", "torch-sdpa", "topk")
 _SHAPE = {"heads": 32, "kv_heads": 8, "head_dim": 128}
+_INDEXES = ("sketch", "signature", "tables")
 _AUTO = ("auto", "per-head")
 
 
@@ -29,12 +30,12 @@ def register(subparsers: Any) -> None:
     """Add `lsh` to the benchmarks."""
     parser = subparsers.add_parser(
         "lsh",
-        help="decode of one layer sampled by hashing: time, bytes and error, beside dense attention and Top-K",
+        help="decode of one sampled layer: time, bytes and error, beside dense attention and Top-K",
         description="Interleaved rounds, medians, all on the same keys. limit_ms is the time to read what a step must (the keys "
         "and values that a group draws, the index) at the memory bandwidth measured in the same rounds. Lists take commas.",
         allow_abbrev=False,
     )
-    parser.add_argument("--index", default="tables,signature", help="tables, signature or both (both)")
+    parser.add_argument("--index", default=",".join(_INDEXES), help="some of sketch, signature and tables (all)")
     parser.add_argument("--bits", default="10", help="bits of a table's hash; one number, or one for each of --tables (10)")
     parser.add_argument("--tables", default="150", help="hash tables; one number, or one for each of --bits (150)")
     parser.add_argument("--min-collisions", type=int, default=2, help="tables in which a drawn key must collide (2)")
@@ -43,8 +44,12 @@ def register(subparsers: Any) -> None:
         "--max-hamming", default="auto", help="bits in which a drawn key may differ; auto: one number for all heads that draws "
         "--fraction; per-head: a number for each KV head that does (auto)",
     )  # fmt: skip
-    parser.add_argument("--fraction", default="0.02", help="shares of the context that auto and per-head aim at (0.02)")
-    parser.add_argument("--min-inclusion", type=float, default=0.0, help="least probability that drawn keys are weighted by (0)")
+    parser.add_argument(
+        "--fraction", default="0.02", help="shares of the context that sketches draw, and that auto and per-head aim at (0.02)"
+    )
+    parser.add_argument(
+        "--min-inclusion", type=float, default=0.0, help="of hashes: least probability that drawn keys are weighted by (0)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the projection and of generated keys (0)")
     parser.add_argument("--window", type=int, default=64, help="most recent tokens that are always read (64)")
     parser.add_argument("--context", default="32768", help="tokens of context (32768)")
@@ -172,22 +177,28 @@ def _indexes(args: argparse.Namespace) -> list[Wanted]:
     def numbers(option: str, kind: Any = int) -> list[Any]:
         return _some(_list(getattr(args, option.strip("-").replace("-", "_")), kind, option, "numbers"), option)
 
+    kinds = _some(_choices(args.index, _INDEXES, "--index"), "--index")
     out: list[Wanted] = []
-    common = {"window": args.window, "seed": args.seed, "min_inclusion": args.min_inclusion}
-    kinds = _some(_choices(args.index, ("tables", "signature"), "--index"), "--index")
+    common: dict[str, Any] = {"window": args.window, "seed": args.seed}
+    hashed = common | {"min_inclusion": args.min_inclusion}
+    if {"sketch", "signature"} & {*kinds}:
+        shares = [check_number("fraction", share, 1e-6, 1, "; change --fraction") for share in numbers("--fraction", float)]
+    if "sketch" in kinds:
+        # Beside hashes, --min-inclusion is for these; alone, a sketch refuses it.
+        own = hashed if {*kinds} == {"sketch"} else common
+        out += [Wanted(LshParams("sketch", fraction=share, **own)) for share in shares]
+    if "signature" in kinds:
+        hamming = _some([word for word in args.max_hamming.split(",") if word], "--max-hamming")
+        for width, word in product(numbers("--signature-bits"), hamming):
+            auto = word in _AUTO
+            most = 0 if auto else _list(word, int, "--max-hamming", "numbers, auto or per-head")[0]
+            params = LshParams("signature", signature_bits=width, max_hamming=most, **hashed)
+            out += [Wanted(params, word, share) for share in shares] if auto else [Wanted(params)]
     if "tables" in kinds:
         bits, tables = numbers("--bits"), numbers("--tables")
         count = max(len(bits), len(tables))
         if {len(bits), len(tables)} - {1, count}:
             raise UserError(f"--bits has {len(bits)} numbers, --tables {len(tables)}: must be as many, or one")
         for k, n in zip(bits * (count // len(bits)), tables * (count // len(tables)), strict=True):
-            out.append(Wanted(LshParams("tables", bits=k, tables=n, min_collisions=args.min_collisions, **common)))
-    if "signature" in kinds:
-        shares = [check_number("fraction", share, 1e-6, 1, "; change --fraction") for share in numbers("--fraction", float)]
-        hamming = _some([word for word in args.max_hamming.split(",") if word], "--max-hamming")
-        for width, word in product(numbers("--signature-bits"), hamming):
-            auto = word in _AUTO
-            most = 0 if auto else _list(word, int, "--max-hamming", "numbers, auto or per-head")[0]
-            params = LshParams("signature", signature_bits=width, max_hamming=most, **common)
-            out += [Wanted(params, word, share) for share in shares] if auto else [Wanted(params)]
+            out.append(Wanted(LshParams("tables", bits=k, tables=n, min_collisions=args.min_collisions, **hashed)))
     return out

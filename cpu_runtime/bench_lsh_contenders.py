@@ -71,7 +71,8 @@ def _seconds(work: Callable[[], None]) -> float:
 
 @dataclass(frozen=True)
 class Lsh:
-    """An index: its parameters, the projection [head_dim, columns], the threshold of each KV head, what to call it."""
+    """An index: its parameters, the projection or signs [head_dim, columns], the threshold of each KV head (signatures), what to
+    call it."""
 
     params: LshParams
     projection: Floats
@@ -81,6 +82,8 @@ class Lsh:
     def label(self) -> str:
         """Kind and parameters."""
         p = self.params
+        if p.index == "sketch":
+            return f"sketch {f'{p.fraction:g}'.removeprefix('0')}"
         if p.index == "tables":
             collisions = "" if p.min_collisions == 2 else f" c{p.min_collisions}"
             return f"tables {p.bits},{p.tables}{collisions}"
@@ -210,7 +213,7 @@ def dense(caches: Caches, feed: Feed, threads: int) -> Contender:
 def sampled(caches: Caches, feed: Feed, threads: int, lsh: Lsh, state_bytes: int) -> Contender:
     """LshAttention with an index, whose states [batch, state_bytes] are empty."""
     params = lsh.params
-    chosen = {name: getattr(params, name) for name in ("bits", "tables", "min_collisions", "signature_bits")}
+    chosen = {name: getattr(params, name) for name in ("fraction", "bits", "tables", "min_collisions", "signature_bits")}
     attributes = {name: value for name, value in chosen.items() if value is not None}
     if params.index == "signature":
         attributes["max_hamming"] = lsh.max_hamming

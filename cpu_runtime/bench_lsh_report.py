@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnspan.planner.errors import UserError
 from attnspan.planner.files import write_whole
+from attnspan.planner.rules import LSH_INDEXES
 
 if TYPE_CHECKING:
     from attnspan.cpu_runtime.bench_lsh_case import Case
@@ -20,8 +21,8 @@ DPI = 150
 INK = "#222222"
 # Colour and mark of a kernel by how its name begins, told apart by colour-blind readers too.
 LOOKS = {
-    "tables": ("#3b6f8f", "o"), "signature": ("#c2452d", "s"), "topk": ("#8a8a8a", "^"), "attnspan-dense": ("#222222", "D"),
-    "ort-gqa-int8": ("#b49a2f", "v"), "ort-gqa": ("#b49a2f", "<"), "torch": ("#b49a2f", ">"),
+    "sketch": ("#6b3fa0", "P"), "tables": ("#3b6f8f", "o"), "signature": ("#c2452d", "s"), "topk": ("#8a8a8a", "^"),
+    "attnspan-dense": ("#222222", "D"), "ort-gqa-int8": ("#b49a2f", "v"), "ort-gqa": ("#b49a2f", "<"), "torch": ("#b49a2f", ">"),
 }  # fmt: skip
 _LEAST_ERROR = 0.01  # per cent: where errors of nothing but rounding are drawn
 
@@ -108,7 +109,7 @@ def _panel(axis: Any, rows: list[Record], across: str, name: str, log: bool) -> 
         style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 0.9, "label": kernel}
         axis.plot([x for x, _ in points], [y for _, y in points], **style)
     for r in marks:
-        if r["kernel"] in ("tables", "signature"):
+        if r["kernel"] in LSH_INDEXES:
             name_of = r["label"].split(" ", 1)[1]
             axis.annotate(name_of, at(r), xytext=(4, 4), textcoords="offset points", fontsize=6, color=INK)
     axis.set_yscale("log")

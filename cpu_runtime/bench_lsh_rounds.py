@@ -16,7 +16,16 @@ import numpy.typing as npt
 from attnspan.cpu_runtime import bench_lsh_contenders as contenders
 from attnspan.cpu_runtime.bench_lsh_caches import NUMPY, Caches, Feed
 from attnspan.cpu_runtime.bench_lsh_contenders import SINK, Contender, Lsh
-from attnspan.cpu_runtime.bench_lsh_draw import Draw, SignatureDraw, Study, TablesDraw, relative_error, study, thresholds
+from attnspan.cpu_runtime.bench_lsh_draw import (
+    Draw,
+    SignatureDraw,
+    SketchDraw,
+    Study,
+    TablesDraw,
+    relative_error,
+    study,
+    thresholds,
+)
 from attnspan.cpu_runtime.library import library_path
 from attnspan.planner import lsh as plans
 
@@ -32,6 +41,10 @@ _MIN_SECONDS = 0.05  # a sample repeats its step until it took this long
 _SETTLE_SECONDS = 0.02  # until the threads of what ran before have stopped spinning
 _PROFILED = 50  # steps whose time is split
 _SPLIT = ("hash", "retrieve", "attend", "update")
+_PARAMETERS = {
+    "sketch": ("fraction",), "signature": ("signature_bits", "min_inclusion"),
+    "tables": ("bits", "tables", "min_collisions", "min_inclusion"),
+}  # fmt: skip
 
 
 def measure(case: Case, passes: Mapping[int, ReadPass]) -> Iterator[list[Record]]:
@@ -41,7 +54,8 @@ def measure(case: Case, passes: Mapping[int, ReadPass]) -> Iterator[list[Record]
     studies: dict[int, Study] = {}
     for row in rows:
         if row.context not in studies:
-            studies[row.context] = study(row, SINK, case.window, [_draw(index) for index in indexes], "topk" in case.baselines)
+            draws = [_draw(index, row.scale) for index in indexes]
+            studies[row.context] = study(row, SINK, case.window, draws, "topk" in case.baselines)
     of_rows = [studies[row.context] for row in rows]
     stores = {
         kind: Caches(rows, case.capacity, kind.removesuffix("-one"), count, kind.endswith("-one"))
@@ -76,7 +90,7 @@ def _indexes(case: Case, rows: list[LayerKeys]) -> list[Lsh]:
 def _choose(case: Case, rows: list[LayerKeys], wanted: Wanted) -> Lsh:
     """The projection, and thresholds where they are to be found."""
     params = wanted.params
-    projection = plans.projection(case.head_dim, params.columns, params.seed)
+    projection = plans.projection_of(params, case.head_dim)
     most = [params.max_hamming or 0] * case.kv_heads
     if wanted.choose is not None:
         longest = max(rows, key=lambda row: row.context)
@@ -85,8 +99,11 @@ def _choose(case: Case, rows: list[LayerKeys], wanted: Wanted) -> Lsh:
     return Lsh(params, projection, most)
 
 
-def _draw(lsh: Lsh) -> Draw:
+def _draw(lsh: Lsh, scale: float) -> Draw:
     p = lsh.params
+    if p.index == "sketch":
+        assert p.fraction is not None
+        return SketchDraw(lsh.projection, p.fraction, scale)
     if p.index == "signature":
         return SignatureDraw(lsh.projection, lsh.max_hamming)
     assert p.bits is not None
@@ -213,14 +230,13 @@ def _drawn(case: Case, lsh: Lsh, index: int, rows: list[Study]) -> Record:
     element = np.dtype(NUMPY[case.dtype]).itemsize
     kept = sum(float(d.bytes.mean() + d.rows.mean() * 2 * case.head_dim * element) for d in drawn)
     p = lsh.params
-    names = ("bits", "tables", "min_collisions") if p.index == "tables" else ("signature_bits",)
-    parameters = {name: getattr(p, name) for name in (*names, "min_inclusion", "seed", "window")}
+    parameters = {name: getattr(p, name) for name in (*_PARAMETERS[p.index], "seed", "window")}
     if p.index == "signature":
         parameters["max_hamming"] = lsh.max_hamming
     return {
         "parameters": parameters, "sampled": float(shares.mean()), "sampled_max": float(shares.max()),
         "sampled_heads": shares.mean((0, 1)).tolist(), "density": float(shares.mean()) + fixed, "kept_bytes": round(kept),
-        "index_bytes": case.state_bytes(p), "index_bytes_per_token": plans.index_bytes_per_token(p, case.capacity),
+        "index_bytes": case.state_bytes(p), "index_bytes_per_token": plans.index_bytes_per_token(p, case.capacity, case.head_dim),
     }  # fmt: skip
 
 

@@ -1,11 +1,9 @@
-"""A folder that is written whole or not at all."""
+"""The folder that an artefact is written to."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from attnspan.planner.errors import UserError
@@ -29,22 +27,3 @@ def check_destination(out: Path, overwrite: bool, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise UserError(f"{out} needs {needed / 1e6:.0f} MB, {parent} has {free / 1e6:.0f} MB free; change OUT")
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` to write into. It takes the place of `out` at the end, or is removed on any error."""
-    out = out.absolute()
-    work, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
-    work.mkdir()
-    try:
-        yield work
-        if out.exists():
-            out.rename(old)
-        work.rename(out)
-    except BaseException:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

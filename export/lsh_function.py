@@ -38,6 +38,7 @@ def LshAttention(  # type: ignore[no-untyped-def]  # noqa: N802 - the op's name
     softcap: float = 0.0,
     min_collisions: int = 2,
     min_inclusion: float = 0.0,
+    fraction: float = 0.02,
     dense_below: int = -1,
     layer: int = 0,
     identity: int = 0,

@@ -72,17 +72,20 @@ LSH_ATTENTION = OpSchema(
     "LshAttention",
     DOMAIN,
     VERSION,
-    doc="""Causal grouped-query attention that samples the context by locality-sensitive hashing (MagicPIG, arXiv 2410.16179).
+    doc="""Causal grouped-query attention that samples the context: by sketches of the keys, or by locality-sensitive hashing.
 
 With more than one token a row, attention is exact: causal, over everything. With one token a row, at position n = length[b],
 it is exact over the first `sink` positions, the last `window` and all that is not indexed yet, and sampled elsewhere: a key is
-drawn when the index says so, and enters the softmax with its score less log u, where u is the probability that a key at its
-angle to the query is drawn. The function body does not sample: it is exact throughout, and passes the state through.
+drawn when the index says so, and enters the softmax with its score less log u, where u is the probability that it is drawn.
+The function body does not sample: it is exact throughout, and passes the state through.
 
-Bit j of a vector x is x . projection[:, j] > 0; of a key, with a mean of the row's keys taken off, which the state holds. index
-`signature`: a key is drawn when at most max_hamming[h] of its signature_bits differ from the query's. index `tables`: the bits
-are the codes of `tables` hash tables, `bits` each; a key is drawn when at least min_collisions codes are equal. index `exact`:
-every key.
+Keys are indexed less a mean of the row's keys, which the state holds. index `sketch`: a key is turned at random, by the signs in
+projection and Hadamard transforms, and kept as two bits a dimension and a factor. From these a query estimates its scores, and
+draws a key with probability u = min(1, max(floor, e^(0.85 * estimate + c))): the floor is a small part of `fraction`, and c such
+that about this fraction of the keys is drawn. The others hash (MagicPIG, arXiv 2410.16179): bit j of a vector is
+x . projection[:, j] > 0, and u is the probability that a key at this angle to the query is drawn. index `signature`: a key is
+drawn when at most max_hamming[h] of its signature_bits differ from the query's. index `tables`: the bits are the codes of
+`tables` hash tables, `bits` each; a key is drawn when at least min_collisions codes are equal. index `exact`: every key.
 
 The caches hold every position: the KV heads of a row one after another, position p of a head in its slot p. Keys are stored after
 RoPE. The state is the index of a row in one buffer without pointers, of fixed size: zeros are an empty index, a copy is an index
@@ -99,7 +102,7 @@ present may be the same buffer.""",
         _In(
             "projection",
             "tensor(float)",
-            "[dim, bits of a key], a constant; absent for index exact",
+            "[dim, bits of a key]; sketch: [dim, 4] of +1 and -1; a constant, absent for index exact",
             param_option=_Option.Optional,
         ),
         _In("key_scale", "tensor(float)", "[kv_num_heads], int8 cache only: key = scale * stored", param_option=_Option.Optional),
@@ -116,14 +119,15 @@ present may be the same buffer.""",
     attributes=[
         OpSchema.Attribute("num_heads", _AttrType.INT, "Query heads, a multiple of kv_num_heads.", required=True),
         OpSchema.Attribute("kv_num_heads", _AttrType.INT, "KV heads.", required=True),
-        OpSchema.Attribute("index", _AttrType.STRING, "tables, signature or exact.", required=True),
+        OpSchema.Attribute("index", _AttrType.STRING, "sketch, signature, tables or exact.", required=True),
         _default("sink", 64, "First tokens that are always exact."),
         _default("window", 64, "Most recent tokens that are always exact, the current one included."),
         _default("scale", 0.0, "Factor of the scores; 0 means 1 / sqrt(dim)."),
         _default("softcap", 0.0, "score = softcap * tanh(score / softcap); 0: none."),
         OpSchema.Attribute("bits", _AttrType.INT, "tables: bits of a code, 1 to 15.", required=False),
         OpSchema.Attribute("tables", _AttrType.INT, "tables: codes of a key, 1 to 1024.", required=False),
-        _default("min_inclusion", 0.0, "Least u that a drawn key is weighted by; 0: u as it is."),
+        _default("fraction", 0.02, "sketch: share of the indexed keys that a query draws, above 0 and at most 0.5."),
+        _default("min_inclusion", 0.0, "signature, tables: least u that a drawn key is weighted by; 0: u as it is."),
         _default("min_collisions", 2, "tables: equal codes that draw a key, 1 to 4."),
         OpSchema.Attribute("signature_bits", _AttrType.INT, "signature: 64, 128 or 256.", required=False),
         OpSchema.Attribute("max_hamming", _AttrType.INTS, "signature: most bits that differ, of each KV head.", required=False),

@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from attnspan.export import artefact
-from attnspan.export.folder import check_destination, whole_folder
+from attnspan.export.folder import check_destination
 from attnspan.export.frontends.build import build
 from attnspan.export.rewrite.cpu import rewrite_cpu
 from attnspan.export.source import Source, open_source
@@ -18,6 +18,7 @@ from attnspan.export.stages import Stages
 from attnspan.export.verify import require_torch, verify
 from attnspan.planner.cost import allocated_bytes, state_bytes
 from attnspan.planner.errors import UserError
+from attnspan.planner.files import whole_folder
 from attnspan.planner.plan import Plan
 from attnspan.planner.uniform import uniform
 from attnspan.runtime.memory import check_indexes_fit

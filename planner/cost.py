@@ -79,8 +79,9 @@ def state_bytes(plan: Plan, batch: int = 1, n: int | None = None) -> int | None:
 
 
 def index_table(plan: Plan) -> list[dict[str, Any]]:
-    """The kinds of index that a plan has: parameters, KV heads over all layers, bytes for each token of a KV head at n_max."""
-    names = ("index", "bits", "tables", "signature_bits")
+    """The kinds of index that a plan has: parameters, KV heads over all layers, bytes for each token of a KV head at n_max
+    (None: a sketch, and the plan has no head_dim)."""
+    names = ("index", "fraction", "bits", "tables", "signature_bits")
     counts: Counter[tuple[tuple[str, Any], ...]] = Counter()
     each = {}
     for part in plan_parts(plan):
@@ -88,7 +89,8 @@ def index_table(plan: Plan) -> list[dict[str, Any]]:
             continue
         key = tuple((name, getattr(part.lsh, name)) for name in names if getattr(part.lsh, name) is not None)
         counts[key] += len(part.heads)
-        each[key] = round(index_bytes_per_token(part.lsh, part.capacity[0]), 3)
+        size = index_bytes_per_token(part.lsh, part.capacity[0], plan.model.head_dim)
+        each[key] = None if size is None else round(size, 3)
     return [{**dict(key), "kv_heads": count, "bytes_per_token": each[key]} for key, count in counts.items()]
 
 

@@ -78,10 +78,11 @@ def _header(summary: dict[str, Any]) -> list[str]:
         f"dense {format_bytes(summary['dense_bytes'])}",
     ]
     for index in summary["indexes"]:
-        kind = ", ".join(f"{name} {index[name]}" for name in ("bits", "tables", "signature_bits") if name in index)
+        kind = ", ".join(f"{name} {index[name]}" for name in ("fraction", "bits", "tables", "signature_bits") if name in index)
+        size = "-" if index["bytes_per_token"] is None else f"{index['bytes_per_token']:g}"
         lines.append(
             f"index     {index['index']}{f' ({kind})' if kind else ''} of {index['kv_heads']} KV heads, "
-            f"{index['bytes_per_token']:g} B a token and KV head"
+            f"{size} B a token and KV head"
         )
     if summary["indexes"]:
         lines.append(f"indexes   {format_bytes(summary['state_bytes'])} a sequence, beside the KV cache")

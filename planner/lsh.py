@@ -1,13 +1,13 @@
-"""What a sampled head's index is: its size in bytes, its random projection, and how likely it draws a key."""
+"""What a sampled head's index is: its size in bytes, its random input, and how likely hashes draw a key."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-from attnspan.planner.rules import LshParams, check_int
+from attnspan.planner.rules import SKETCH_ROUNDS, LshParams, check_int
 
-__all__ = ["FIRST_KEYS", "inclusion", "index_bytes_per_token", "projection", "state_bytes"]
+__all__ = ["FIRST_KEYS", "inclusion", "index_bytes_per_token", "projection", "projection_of", "signs", "state_bytes"]
 
 LINE = 64
 """Sections of an index begin at multiples of this many bytes, and hold a multiple of this many positions."""
@@ -24,9 +24,11 @@ def _up(value: int) -> int:
     return -(-value // LINE) * LINE
 
 
-def _index_bytes(params: LshParams, capacity: int) -> int:
+def _index_bytes(params: LshParams, head_dim: int, capacity: int) -> int:
     """Bytes of the index of one KV head, for `capacity` positions."""
     positions = _up(capacity)
+    if params.index == "sketch":
+        return positions * (-(-head_dim // 4) + 2)  # two bits a dimension, and a factor in bf16
     if params.index == "signature":
         assert params.signature_bits is not None
         return positions * params.signature_bits // 8
@@ -41,15 +43,20 @@ def _index_bytes(params: LshParams, capacity: int) -> int:
 def state_bytes(params: LshParams, kv_heads: int, head_dim: int, capacity: int) -> int:
     """Bytes of the index of one sequence in one layer: of `kv_heads` heads of size head_dim, with room for `capacity` tokens.
 
-    A header, up to 16 means of the keys (fp32) and their sum (fp64), then signatures or tables of each head.
+    A header, up to 16 means of the keys (fp32) and their sum (fp64), then the sketches, signatures or tables of each head.
     """
     means = _up(MEANS * kv_heads * head_dim * 4) + _up(kv_heads * head_dim * 8)
-    return HEADER + means + kv_heads * _index_bytes(params, capacity)
+    return HEADER + means + kv_heads * _index_bytes(params, head_dim, capacity)
 
 
-def index_bytes_per_token(params: LshParams, capacity: int) -> float:
-    """Bytes that the index takes for each token of a KV head; `capacity` tokens share what tables take for their buckets."""
-    return _index_bytes(params, capacity) / capacity
+def index_bytes_per_token(params: LshParams, capacity: int, head_dim: int | None) -> float | None:
+    """Bytes that the index takes for each token of a KV head; `capacity` tokens share what tables take for their buckets.
+
+    None for a sketch of keys of unknown size; hashes do not depend on it.
+    """
+    if params.index == "sketch" and head_dim is None:
+        return None
+    return _index_bytes(params, head_dim or 0, capacity) / capacity
 
 
 def projection(head_dim: int, columns: int, seed: int) -> npt.NDArray[np.float32]:
@@ -67,11 +74,27 @@ def projection(head_dim: int, columns: int, seed: int) -> npt.NDArray[np.float32
     return matrix.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
+def signs(head_dim: int, seed: int) -> npt.NDArray[np.float32]:
+    """The +1 and -1 that a sketch multiplies dimensions by, [head_dim, 4]: a column a round. Equal arguments give equal signs."""
+    check_int("head_dim", head_dim, 1, 65536)
+    check_int("seed of the signs", seed, 0, 2**63 - 1, "; change --seed")
+    bits = np.random.Generator(np.random.PCG64([seed, SKETCH_ROUNDS, head_dim])).integers(0, 2, (head_dim, SKETCH_ROUNDS))
+    return (1 - 2 * bits).astype(np.float32)
+
+
+def projection_of(params: LshParams, head_dim: int) -> npt.NDArray[np.float32]:
+    """The op's input `projection` [head_dim, columns]: signs for a sketch, a random matrix for hashes; index `exact` has none."""
+    if params.index == "sketch":
+        return signs(head_dim, params.seed)
+    return projection(head_dim, params.columns, params.seed)
+
+
 def inclusion(params: LshParams, cos: npt.ArrayLike, max_hamming: npt.ArrayLike | None = None) -> npt.NDArray[np.float64]:
     """Probability, over random projections, that a key at cosine `cos` to the query is drawn; cos is clipped to [-1, 1].
 
     A bit of the two agrees with probability p = 1 - theta / pi. signature: P[Binomial(signature_bits, 1 - p) <= max_hamming];
     `max_hamming` overrides that of `params` and broadcasts. tables: P[Binomial(tables, p^bits) >= min_collisions].
+    ValueError for a sketch, whose probabilities depend on the other keys too.
     """
     from scipy import special
 
@@ -83,6 +106,8 @@ def inclusion(params: LshParams, cos: npt.ArrayLike, max_hamming: npt.ArrayLike 
         assert params.bits is not None
         assert params.min_collisions is not None
         drawn = special.bdtrc(params.min_collisions - 1, params.tables, (1 - differ) ** params.bits)
-    else:
+    elif params.index == "exact":
         drawn = np.ones_like(differ)
+    else:
+        raise ValueError(f"index {params.index!r} does not draw by the angle alone")
     return np.asarray(drawn, np.float64)

@@ -1,4 +1,4 @@
-"""The verb `attnspan plan lsh`: heads that sample their context by locality-sensitive hashing."""
+"""The verb `attnspan plan lsh`: heads that sample their context, by sketches of the keys or by locality-sensitive hashing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from attnspan.planner.errors import UserError
-from attnspan.planner.rules import LshParams
+from attnspan.planner.rules import FRACTION, MAX_FRACTION, LshParams
 
 __all__ = ["MAX_HAMMING", "register"]
 
@@ -22,12 +22,18 @@ def register(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> argp
 
     parser = kinds.add_parser(
         "lsh",
-        help="every head keeps all tokens and samples them by hashing, no calibration",
+        help="every head keeps all tokens and samples them, no calibration",
         description="Write a plan where KV heads keep every token, attend to sinks and recent tokens exactly, sample the rest.",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--index", default="signature", help="how keys are drawn: signature (default), tables; exact: all, a test"
+        "--index", default="sketch", help="how keys are drawn: sketch (default), signature, tables; exact: all, a test"
+    )
+    parser.add_argument(
+        "--fraction",
+        type=float,
+        metavar="F",
+        help=f"sketch: share of the indexed tokens that a query draws, above 0, at most {MAX_FRACTION:g} (default {FRACTION:g})",
     )
     bounds = ", ".join(f"{bound} for {bits}" for bits, bound in MAX_HAMMING.items())
     parser.add_argument("--signature-bits", type=int, metavar="N", help="signature: bits of a key, 64, 128 or 256 (default)")
@@ -48,13 +54,13 @@ def register(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> argp
     )
     parser.add_argument("--window", type=int, default=64, help="recent tokens that are exact, the current one too (default 64)")
     parser.add_argument("--dense-layers", metavar="I,J,...", help="layers that are not sampled, or none (default 0,16,32 ...)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random projection (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random rotation or projection (default 0)")
     parser.add_argument(
         "--min-inclusion",
         type=float,
         default=0.0,
         metavar="U",
-        help="least probability that a drawn key is weighted by; above 0 less noise for some bias (default 0)",
+        help="signature, tables: least probability that a drawn key is weighted by; above 0 less noise for some bias (default 0)",
     )
     add_shape(parser, layers=True)
     parser.set_defaults(run=run)
@@ -71,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _params(args: argparse.Namespace) -> LshParams:
-    names = ("bits", "tables", "min_collisions", "signature_bits", "max_hamming")
+    names = ("fraction", "bits", "tables", "min_collisions", "signature_bits", "max_hamming")
     given: dict[str, Any] = {name: getattr(args, name) for name in names}
     defaults: dict[str, Any] = {}
     if args.index == "tables":

@@ -97,7 +97,7 @@ def _bound(plan: Plan, layer: int, head: int) -> int:
 def identity(part: Part, shape: ModelShape, n_max: int) -> int:
     """63 bits that differ between indexes that must not be taken for each other: of another model, layer, heads or hash.
 
-    What may change under an index (window, max_hamming, min_collisions, min_inclusion) does not enter.
+    What may change under an index (window, fraction, max_hamming, min_collisions, min_inclusion) does not enter.
     """
     assert part.lsh is not None
     kept = ("index", "bits", "tables", "signature_bits", "seed")

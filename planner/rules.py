@@ -17,8 +17,13 @@ BLOCK = 64
 MIN_SPAN = 128
 """Smallest span of any rule, in tokens, sinks included."""
 MODES = ("span", "dense", "lsh")
-LSH_INDEXES = ("tables", "signature", "exact")
+LSH_INDEXES = ("sketch", "signature", "tables", "exact")
 SIGNATURE_BITS = (64, 128, 256)
+FRACTION = 0.02
+"""Share of the indexed tokens that index `sketch` draws, unless the plan says another."""
+MAX_FRACTION = 0.5
+SKETCH_ROUNDS = 4
+"""Times that a key is turned before it is cut to levels, each with signs of its own."""
 
 
 def span_tokens(alpha: npt.ArrayLike, beta: npt.ArrayLike, n: npt.ArrayLike) -> npt.NDArray[np.int32]:
@@ -50,13 +55,15 @@ def check_number(name: str, value: object, low: float, high: float, fix: str = "
 
 @dataclass(frozen=True)
 class LshParams:
-    """Index of a sampled head: sinks and the last `window` tokens exact, the rest drawn by hashing.
+    """Index of a sampled head: sinks and the last `window` tokens exact, the rest drawn at random.
 
-    index `tables`: `bits` per hash and `tables` hash tables, a key is drawn when it collides in at least
-    `min_collisions` of them (MagicPIG, arXiv 2410.16179). index `signature`: a key is drawn when its packed
-    SimHash of `signature_bits` is within `max_hamming` of the query's. index `exact`: everything (an oracle).
-    The hashes are signs of products with a random matrix, which `seed` decides. A drawn key weighs as the inverse
-    of its probability; `min_inclusion` is the least probability that is used for that (0: the unbiased estimator).
+    index `sketch`: keys are turned at random and kept as two bits a dimension; a key is drawn with a probability that
+    grows with the score which these promise, so that about `fraction` of them is drawn. index `tables`: `bits` per
+    hash and `tables` hash tables, a key is drawn when it collides in at least `min_collisions` of them (MagicPIG,
+    arXiv 2410.16179). index `signature`: a key is drawn when its packed SimHash of `signature_bits` is within
+    `max_hamming` of the query's. index `exact`: everything (an oracle). `seed` decides the rotation, or the random
+    matrix that hashes are signs of products with. A drawn key weighs as the inverse of its probability;
+    `min_inclusion` is the least probability that hashes use for that (0: the unbiased estimator).
     """
 
     index: str
@@ -68,6 +75,7 @@ class LshParams:
     max_hamming: int | None = None
     seed: int = 0
     min_inclusion: float = 0.0
+    fraction: float | None = None
 
     def __post_init__(self) -> None:
         if self.index not in LSH_INDEXES:
@@ -76,6 +84,7 @@ class LshParams:
         check_int("lsh seed", self.seed, 0, 2**63 - 1, "; change --seed")
         least = check_number("lsh min_inclusion", self.min_inclusion, 0.0, 1.0, "; change --min-inclusion")
         object.__setattr__(self, "min_inclusion", least)
+        self._check_sketch()
         wanted: dict[str, tuple[int, int]] = {}
         if self.index == "tables":
             tables = check_int("lsh tables", self.tables, 1, 1024, "; change --tables")
@@ -89,12 +98,33 @@ class LshParams:
             if name in wanted:
                 check_int(f"lsh {name}", value, *wanted[name], f"; change {option}")
             elif value is not None:
-                raise UserError(f"lsh {name} is {value!r}: index {self.index!r} does not take it; remove {option}")
+                raise self._not_taken(name)
+
+    def _check_sketch(self) -> None:
+        """`fraction` belongs to index `sketch`, min_inclusion to the others."""
+        if self.index != "sketch":
+            if self.fraction is not None:
+                raise self._not_taken("fraction")
+            return
+        if self.min_inclusion > 0:
+            raise self._not_taken("min_inclusion")
+        share = FRACTION if self.fraction is None else self.fraction
+        share = check_number("lsh fraction", share, 0.0, MAX_FRACTION, "; change --fraction")
+        if not np.float32(share) > 0:  # models hold it in fp32
+            raise UserError(f"lsh fraction is {share!r}: must be above 0 and at most {MAX_FRACTION:g}; change --fraction")
+        object.__setattr__(self, "fraction", share)
+
+    def _not_taken(self, name: str) -> UserError:
+        return UserError(
+            f"lsh {name} is {getattr(self, name)!r}: index {self.index!r} does not take it; "
+            f"remove --{name.replace('_', '-')}, or change --index"
+        )
 
     @property
     def columns(self) -> int:
-        """Bits that a key is hashed to: columns of the projection."""
-        return {"tables": (self.bits or 0) * (self.tables or 0), "signature": self.signature_bits or 0}.get(self.index, 0)
+        """Columns of the input `projection`: bits that a key is hashed to, or rounds of signs of a sketch."""
+        widths = {"tables": (self.bits or 0) * (self.tables or 0), "signature": self.signature_bits or 0}
+        return (widths | {"sketch": SKETCH_ROUNDS}).get(self.index, 0)
 
 
 @dataclass(frozen=True)

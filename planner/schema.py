@@ -44,6 +44,8 @@ def _rule_to_dict(rule: HeadRule) -> dict[str, Any]:
     out: dict[str, Any] = {"mode": rule.mode, "alpha": _short(rule.alpha), "beta": _short(rule.beta)}
     if rule.lsh is not None:
         out["lsh"] = {key: value for key, value in dataclasses.asdict(rule.lsh).items() if value is not None}
+        if rule.lsh.index == "sketch":
+            del out["lsh"]["min_inclusion"]  # it takes none
     return out
 
 

@@ -70,8 +70,8 @@ def check_indexes_fit(kv_bytes: int, state_bytes: int, what: str, fix: str) -> N
     if state_bytes and free is not None and kv_bytes + state_bytes > free:
         raise UserError(
             f"no memory for indexes of {state_bytes / 1e9:.2f} GB and caches of {kv_bytes / 1e9:.2f} GB ({what}): "
-            f"{free / 1e9:.2f} GB are available; {fix} plan with a smaller --n-max, fewer --tables or --index signature, "
-            "and export again"
+            f"{free / 1e9:.2f} GB are available; {fix} plan with a smaller --n-max, or with --index sketch or signature "
+            "in place of tables, and export again"
         )
 
 

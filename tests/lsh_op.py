@@ -39,6 +39,8 @@ def state_bytes(hashing: Hashing | None, kv_heads: int, dim: int, capacity: int)
     positions, index = round_up(capacity), 0
     if hashing is not None and hashing.index == "signature":
         index = positions * hashing.projection.shape[1] // 8
+    elif hashing is not None and hashing.index == "sketch":
+        index = positions * (-(-dim // 4) + 2)
     elif hashing is not None:
         lists = -(-positions // SEGMENT) * hashing.tables
         index = round_up(lists * 2) + round_up(lists * (2**hashing.bits + 1) * 2) + round_up(positions * hashing.tables * 2)
@@ -51,6 +53,8 @@ def attributes_of(hashing: Hashing | None) -> dict[str, Any]:
         return {"index": "exact"}
     if hashing.index == "tables":
         return {"index": "tables", "bits": hashing.bits, "tables": hashing.tables, "min_collisions": hashing.min_collisions}
+    if hashing.index == "sketch":
+        return {"index": "sketch", "fraction": hashing.fraction}
     return {"index": "signature", "signature_bits": hashing.projection.shape[1], "max_hamming": list(hashing.max_hamming)}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import sketch_reference as sketch
 from numpy.typing import NDArray
 from reference import load, store
 
@@ -55,7 +56,8 @@ def log_binomial(n: int, log_p: Floats, log_rest: Floats, first: int, last: int)
 
 @dataclass(frozen=True)
 class Hashing:
-    """How keys are drawn. `bits` and `tables` for index tables, `max_hamming` (one per KV head) for index signature."""
+    """How keys are drawn. `bits` and `tables` for index tables, `max_hamming` (one per KV head) for index signature, `fraction`
+    for index sketch, whose projection is the signs of its rotations."""
 
     index: str
     projection: Array  # [dim, columns]
@@ -63,9 +65,13 @@ class Hashing:
     tables: int = 0
     min_collisions: int = 2
     max_hamming: tuple[int, ...] = ()
+    fraction: float = 0.0
 
     def marks(self, x: Array) -> Array:
-        """What the index keeps of each vector: its signature, or its code in every table."""
+        """What the index keeps of each vector: its signature, its code in every table, or its levels and its factor."""
+        if self.index == "sketch":
+            level, factor = sketch.encode(x, np.zeros(x.shape[-1]), self.projection)
+            return np.concatenate([level, factor[..., None]], -1)
         bits = signs(x, self.projection)
         return bits if self.index == "signature" else codes(bits, self.bits).astype(np.uint16)
 
@@ -233,7 +239,7 @@ class LshReference:
             h = head // (self.heads // self.kv_heads)
             for i in range(tokens):
                 if tokens == 1 and self.length >= self.dense_below and self.hashing is not None and self.means:
-                    *part, step.drawn[head] = self.sampled(q[i, head], h)
+                    *part, step.drawn[head] = self.sampled(q[i, head], h, head)
                 else:
                     seen = slice(0, past + i + 1)
                     part = attend(scores_of(q[i, head], self.keys[h, seen], self.scale, self.softcap), self.values[h, seen])
@@ -241,13 +247,32 @@ class LshReference:
         step.output = step.output.reshape(tokens, -1)
         return step
 
-    def sampled(self, query: Floats, h: int) -> tuple[Floats, float, NDArray[np.int64]]:
-        """Sinks, window and tail exactly, what lies between by hashing; KV head h."""
+    def sketched(self, query: Floats, h: int, head: int) -> tuple[NDArray[np.int64], Array]:
+        """Positions that a query head draws by sketches, and log p of each."""
         assert self.hashing is not None
         assert self.marks is not None
-        between = slice(self.sink, self.indexed)
-        drawn = self.sink + np.flatnonzero(self.hashing.draws(self.hashing.marks(query), self.marks[h, between], h))
-        log_u = self.hashing.log_inclusion(cosines(query, self.keys[h, drawn] - self.mean_of(drawn, h)), h)
+        between = np.arange(self.sink, self.indexed)
+        q = query.astype(np.float32) * np.float32(self.scale)
+        marks = self.marks[h, between]
+        score = marks[:, -1] * sketch.products(q, marks[:, :-1].astype(np.uint8), self.hashing.projection)
+        of_mean = (self.mean_of(between, h) @ q.astype(np.float64)).astype(np.float32)
+        y = sketch.SHARPNESS * (score + of_mean)
+        groups = sketch.sampled_groups(-(-self.sink // sketch.GROUP), self.indexed // sketch.GROUP)
+        firsts = [g * sketch.GROUP - self.sink for g in groups]
+        wanted = sketch.SHARPNESS * np.concatenate([score[i : i + sketch.GROUP] + of_mean[i] for i in firsts])
+        drawn, log_p = sketch.draws(y, wanted, between, self.hashing.fraction, self.length - 1, head)
+        return between[drawn], log_p[drawn]
+
+    def sampled(self, query: Floats, h: int, head: int) -> tuple[Floats, float, NDArray[np.int64]]:
+        """Sinks, window and tail exactly, what lies between by sampling; KV head h."""
+        assert self.hashing is not None
+        assert self.marks is not None
+        if self.hashing.index == "sketch":
+            drawn, log_u = self.sketched(query, h, head)
+        else:
+            between = slice(self.sink, self.indexed)
+            drawn = self.sink + np.flatnonzero(self.hashing.draws(self.hashing.marks(query), self.marks[h, between], h))
+            log_u = self.hashing.log_inclusion(cosines(query, self.keys[h, drawn] - self.mean_of(drawn, h)), h)
         exact = np.r_[0 : self.sink, self.indexed : self.length]
 
         def part(at: NDArray[np.int64], raised: Floats | float) -> tuple[Floats, float]:

@@ -20,6 +20,7 @@ ATOL = 2e-4
 """fp32 against fp32; logits of the tiny models are about 10."""
 INDEXES = {
     "exact": LshParams("exact", 64),
+    "sketch": LshParams("sketch", 64, fraction=0.1),
     "signature": LshParams("signature", 64, signature_bits=128, max_hamming=56),
     "tables": LshParams("tables", 64, bits=4, tables=20, min_collisions=2),
 }

@@ -9,10 +9,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import sketch_reference as sketch
 
-from attnspan.cpu_runtime.bench_lsh_draw import SignatureDraw, TablesDraw, relative_error, study, thresholds
+from attnspan.cpu_runtime.bench_lsh_draw import SignatureDraw, SketchDraw, TablesDraw, relative_error, study, thresholds
 from attnspan.cpu_runtime.lsh_keys import Capture, LayerKeys, captured, clustered, from_bf16, random, to_bf16
-from attnspan.planner.lsh import inclusion, projection
+from attnspan.planner.lsh import inclusion, projection, signs
 from attnspan.planner.rules import LshParams
 
 WINDOW = SINK = 64
@@ -107,21 +108,76 @@ def test_draws_are_what_they_say() -> None:
     key, query = rng.standard_normal((1000, 32)).astype(np.float32), rng.standard_normal((3, 32)).astype(np.float32)
     key[:500] += query[0]
     key, query = from_bf16(to_bf16(key)), from_bf16(to_bf16(query))
-    signs, w = (lambda x, w: x.astype(np.float64) @ w > 0), projection(32, 6 * 40, 0)
+    above, w = (lambda x, w: x.astype(np.float64) @ w > 0), projection(32, 6 * 40, 0)
     tables = TablesDraw(w, 6, 40, 2, segment=400)
     tables.index(0, key)
-    mask, read = tables.draw(query)
-    codes = [signs(x, w).reshape(-1, 40, 6) for x in (query, key)]
+    mask, read = tables.draw(query, 999, 30, 990)
+    codes = [above(x, w).reshape(-1, 40, 6) for x in (query, key)]
     same = (codes[0][:, None] == codes[1][None]).all(-1)  # [3, 1000, 40]
-    np.testing.assert_array_equal(mask, same.sum(-1) >= 2)
+    np.testing.assert_array_equal(mask, same.sum(-1)[:, 30:990] >= 2)
     buckets = [{tuple(code) for code in codes[0][:, table]} for table in range(40)]
     assert read == 2 * same.any(0).sum() + 3 * 64 * sum(map(len, buckets))
     w = projection(32, 64, 0)
     signature = SignatureDraw(w, [20])
     signature.index(0, key)
-    mask, read = signature.draw(query)
-    np.testing.assert_array_equal(mask, (signs(query, w)[:, None] != signs(key, w)[None]).sum(-1) <= 20)
+    mask, read = signature.draw(query, 999, 30, 990)
+    distance = (above(query, w)[:, None] != above(key, w)[None]).sum(-1)
+    np.testing.assert_array_equal(mask, distance[:, 30:990] <= 20)
     assert read == 8000
+
+
+@pytest.mark.parametrize("dim", [128, 64, 80, 30, 3])
+@pytest.mark.parametrize(("first", "last"), [(64, 6000), (10, 300), (64, 321)])
+def test_sketches_draw_what_the_reference_does(dim: int, first: int, last: int) -> None:
+    """Of few groups of tokens or many; a key without length, and one that is surely drawn. Rounding decides little."""
+    rng = np.random.default_rng(dim)
+    key, query = rng.standard_normal((last + 20, dim), np.float32), 2 * rng.standard_normal((2, dim), np.float32)
+    signs_, scale, head, at = signs(dim, 1), dim**-0.5, 3, last + 19
+    key[first + 1], key[first + 2] = 0, 8 * query[0] / (query[0] @ query[0] * scale)
+    draw = SketchDraw(signs_, 0.05, scale)
+    draw.index(head, key)
+    mask, read = draw.draw(query, at, first, last)
+    assert mask.shape == (2, last - first)
+    assert read == (-(-dim // 4) + 2) * (last - first)
+    level, factor = sketch.encode(key, np.zeros(dim), signs_)
+    position = np.arange(first, last)
+    whole = sketch.sampled_groups(-(-first // 64), last // 64)
+    seen = np.concatenate([np.arange(g * 64, g * 64 + 64) for g in whole])
+    for g in range(2):
+        y = sketch.SHARPNESS * factor * sketch.products(query[g] * np.float32(scale), level, signs_)
+        drawn, log_p = sketch.draws(y[position], y[seen], position, 0.05, at, head * 2 + g)
+        apart = np.abs(draw.log_inclusion(query[g], first, last) - log_p)
+        assert np.median(apart) < 1e-3
+        assert (apart > 0.1).mean() < 2e-3
+        assert (mask[g] != drawn).mean() < 2e-3
+        assert drawn.any()
+        if last > 1000:
+            assert drawn.mean() == pytest.approx(0.05, abs=0.01)
+    assert mask[0, 2]
+    assert (mask[0] != mask[1]).any()
+
+
+def test_a_query_without_length_draws_evenly() -> None:
+    draw = SketchDraw(signs(16, 0), 0.1, 0.25)
+    draw.index(0, np.random.default_rng(0).standard_normal((3000, 16), np.float32))
+    mask, _ = draw.draw(np.zeros((1, 16), np.float32), 2999, 64, 2900)
+    np.testing.assert_allclose(np.exp(draw.log_inclusion(np.zeros(16, np.float32), 64, 2900)), 0.1, rtol=0.06)
+    assert mask.mean() == pytest.approx(0.1, abs=0.01)
+
+
+def test_study_counts_what_sketches_draw() -> None:
+    """About the fraction, of every query; the index is read once for a group."""
+    keys = clustered(4096, 0, 8, 2, 128)
+    draws = [SketchDraw(signs(128, 0), share, keys.scale) for share in (0.02, 0.1)]
+    some, more = study(keys, SINK, WINDOW, draws, topk=True).drawn
+    assert some.counts.mean() / keys.context == pytest.approx(0.02, rel=0.1)
+    assert more.counts.mean() / keys.context == pytest.approx(0.1, rel=0.1)
+    assert some.topk_error.mean() > more.topk_error.mean()
+    position = keys.context - 1 - keys.stride * np.arange(17)[::-1]
+    np.testing.assert_array_equal(some.bytes, 2 * 34 * (position + 1 - WINDOW - SINK))
+    fixed = 2 * (SINK + WINDOW)
+    assert (some.rows <= some.counts.sum(1) + fixed).all()
+    assert (some.rows >= some.counts.reshape(17, 2, 4).max(2).sum(1) + fixed).all()
 
 
 def test_study() -> None:

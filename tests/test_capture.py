@@ -102,7 +102,7 @@ def test_bench_on_captured_keys(
     command = ["bench", "lsh", "--keys", str(file), "--context", "1000", "--rounds", "1", "--threads", "1", "--json", str(out)]
     assert main([*command, "--bits", "5", "--tables", "20", "--baselines", "attnspan-dense,topk"]) == 0
     results = json.loads(out.read_text())["results"]
-    assert [r["kernel"] for r in results] == ["attnspan-dense", "tables", "signature", "topk", "topk"]
+    assert [r["kernel"] for r in results] == ["attnspan-dense", "sketch", "signature", "tables", *["topk"] * 3]
     assert {(r["heads"], r["kv_heads"], r["head_dim"]) for r in results} == {(8, 4, 16)}
     assert results[0]["rel_error"] < 1e-5
     assert "layers 0, 1, 4 KV heads, 600 tokens, repeated to 1000" in capsys.readouterr().out

@@ -28,6 +28,8 @@ def hashing(index: str, dim: int = 16, kv_heads: int = 2, bits: int = 4, tables:
     rng = np.random.default_rng(dim)
     if index == "tables":
         return Hashing("tables", rng.standard_normal((dim, bits * tables), np.float32), bits, tables, least)
+    if index == "sketch":
+        return Hashing("sketch", rng.choice([-1.0, 1.0], (dim, 4)), fraction=0.15)
     size = int(index.removeprefix("signature"))
     most = tuple(int(size / 2 - size**0.5 * (0.5 + 0.1 * h)) for h in range(kv_heads))
     return Hashing("signature", rng.standard_normal((dim, size), np.float32), max_hamming=most)
@@ -66,7 +68,7 @@ def test_the_planner_knows_the_size_of_a_state() -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("index", ["tables", "signature64", "signature128", "signature256", "exact"])
+@pytest.mark.parametrize("index", ["sketch", "tables", "signature64", "signature128", "signature256", "exact"])
 @pytest.mark.parametrize("cache", [np.float32, np.float16, bfloat16, np.int8], ids=str)
 def test_types(isa: str, index: str, cache: Any) -> None:
     for activation in (np.float32, np.float16 if cache == np.float16 else bfloat16):
@@ -74,7 +76,7 @@ def test_types(isa: str, index: str, cache: Any) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("index", ["tables", "signature64", "signature128"])
+@pytest.mark.parametrize("index", ["sketch", "tables", "signature64", "signature128"])
 @pytest.mark.parametrize("dim", [8, 20, 24, 64, 80, 128])
 def test_shapes(isa: str, index: str, dim: int) -> None:
     """Groups of every size that the kernels tell apart, sinks and windows at their edges, odd lengths."""
@@ -87,7 +89,7 @@ def test_shapes(isa: str, index: str, dim: int) -> None:
         grow(case, [sink + window + 257 + i * 3, 1, 2, 1])
 
 
-@pytest.mark.parametrize("index", ["tables", "signature128"])
+@pytest.mark.parametrize("index", ["sketch", "tables", "signature128"])
 @pytest.mark.parametrize("attributes", [{"softcap": 3.0}, {"scale": 0.9}, {"dense_below": 401}, {"dense_below": -1}], ids=str)
 def test_attributes(index: str, attributes: dict[str, Any]) -> None:
     case = Case(hashing(index), attributes=attributes)
@@ -136,7 +138,7 @@ def test_tables(isa: str, bits: int, tables: int, least: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("index", ["tables", "signature128"])
+@pytest.mark.parametrize("index", ["sketch", "tables", "signature128"])
 def test_numbers_at_their_limits(isa: str, index: str) -> None:
     """Scores hundreds apart, keys equal and opposite to the query, without length, equal to the mean; a query without length."""
     for scale in (0.25, 40.0):
@@ -179,7 +181,7 @@ def test_keys_that_are_nearly_the_query(isa: str, index: str) -> None:
     assert len(want[0].drawn[0]) > 20  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("index", ["tables", "signature64"])
+@pytest.mark.parametrize("index", ["sketch", "tables", "signature64"])
 def test_ragged_rows_are_the_rows_alone(index: str) -> None:
     alone = [Case(hashing(index), seed=seed) for seed in range(4)]
     for case, count in zip(alone, (1, 290, 555, 900), strict=True):
@@ -198,7 +200,7 @@ def test_ragged_rows_are_the_rows_alone(index: str) -> None:
                 np.testing.assert_allclose(got[name][b : b + 1], array, atol=2e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("index", ["tables", "signature64", "exact"])
+@pytest.mark.parametrize("index", ["sketch", "tables", "signature64", "exact"])
 def test_forks_threads_and_copies_agree_to_the_bit(index: str) -> None:
     """In place or not, on one thread or two, and from a copied state on: the same bytes. The copies then go their own ways."""
     case = Case(hashing(index))
@@ -227,9 +229,10 @@ def test_caches_are_left_alone_when_not_bound_in_place() -> None:
         assert not np.array_equal(got["present" + name.removeprefix("past")], array)
 
 
-def test_signatures_rewind() -> None:
+@pytest.mark.parametrize("index", ["sketch", "signature64"])
+def test_signatures_and_sketches_rewind(index: str) -> None:
     """Back by some tokens, behind the last mean, and to nothing; what comes then overwrites what was."""
-    case = Case(hashing("signature64"), capacity=1600)
+    case = Case(hashing(index), capacity=1600)
     grow(case, [500, 1, 300, 1, 700, 1])
     for length in (1400, 1350, 490):
         case.reference[0].rewind(length)
@@ -257,7 +260,7 @@ def test_a_rewound_row_still_has_a_fair_mean(back: list[int]) -> None:
     assert 0 < error[1] < 1.5 * error[0] < 0.1, error
 
 
-@pytest.mark.parametrize("index", ["tables", "signature64"])
+@pytest.mark.parametrize("index", ["sketch", "tables", "signature64"])
 def test_thousands_of_tokens_generated_from_nothing(index: str) -> None:
     """Every step is indexed as it leaves the window. A needle planted on the way is drawn, and found, at the end."""
     case = Case(hashing(index, 8, 1, 4, 24), heads=2, kv_heads=1, dim=8, capacity=3072)
@@ -277,7 +280,7 @@ def test_thousands_of_tokens_generated_from_nothing(index: str) -> None:
     np.testing.assert_allclose(got["output"][0, 0, :8], needle["value"][0, 0], atol=0.1)
 
 
-@pytest.mark.parametrize("index", ["tables", "signature64"])
+@pytest.mark.parametrize("index", ["sketch", "tables", "signature64"])
 @pytest.mark.parametrize("start", [32700, 33500])
 def test_past_a_segment(index: str, start: int) -> None:
     """Ids are 16-bit within segments of 32768 tokens. The caches come filled, the state empty: the first step indexes all."""

@@ -21,7 +21,7 @@ from attnspan.export.ops import register_schemas
 from attnspan.export.pipeline import Options, export_model
 from attnspan.export.verify import TOLERANCE, Row, check, text
 from attnspan.planner.errors import UserError
-from attnspan.planner.lsh import projection
+from attnspan.planner.lsh import projection, signs
 from attnspan.planner.plan import ModelShape
 from attnspan.planner.rules import HeadRule, LshParams
 from attnspan.planner.uniform import sampled
@@ -30,6 +30,8 @@ from attnspan.runtime.artefact import Artefact
 SIGNATURE = LshParams("signature", 64, signature_bits=64, max_hamming=24)
 TABLES = LshParams("tables", 32, bits=4, tables=20, min_collisions=2)
 EXACT = LshParams("exact", 64)
+SKETCH = LshParams("sketch", 64, fraction=0.05)
+FOUR_BITS = LshParams("tables", 64, bits=2, tables=2, min_collisions=1)  # as many columns as a sketch has signs
 WIDE = dataclasses.replace(SIGNATURE, max_hamming=30)
 FOUR = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
 
@@ -49,6 +51,32 @@ MIXED = [
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Layers of one, two and three attention ops; fp32; no op library."""
     return export_rules(tmp_path_factory.mktemp("mixed"), MIXED, config=FOUR | {"num_hidden_layers": 3}).folder
+
+
+def test_sketches(tmp_path: Path) -> None:
+    """Signs shared by layers, apart from projections of the same shape; a fraction is an op's own; prompts equal the model's."""
+    register_schemas()
+    more = dataclasses.replace(SKETCH, fraction=0.2)
+    rules = [[head(SKETCH), head(more), head(SKETCH), head(FOUR_BITS)], [HeadRule("dense"), *[head(SKETCH)] * 3]]
+    folder = export_rules(tmp_path, rules, config=FOUR).folder
+    onnx.checker.check_model(folder / "model.onnx", full_check=True)
+    model = onnx.load(folder / "model.onnx")
+    nodes = {x.name: x for x in model.graph.node if x.op_type == "LshAttention"}
+    assert list(nodes) == [f"layers.{x}.attention" for x in ("0", "0.lsh2", "0.lsh3", "1.lsh")]
+    one, other, tables, later = map(attributes, nodes.values())
+    for node, share, heads in ((one, 0.05, 2), (other, 0.2, 1), (later, 0.05, 3)):
+        assert node["index"] == b"sketch"
+        assert node["fraction"] == pytest.approx(share, rel=1e-6)
+        assert (node["kv_num_heads"], node["window"]) == (heads, 64)
+        assert not {"min_inclusion", "bits", "tables", "signature_bits", "max_hamming"} & set(node)
+    assert "fraction" not in tables
+    assert len({x["identity"] for x in (one, other, tables, later)}) == 4
+    names = [x.input[7] for x in nodes.values()]
+    assert names[0] == names[1] == names[3] != names[2]
+    constants = {x.name: numpy_helper.to_array(x) for x in model.graph.initializer}
+    np.testing.assert_array_equal(constants[names[0]], signs(16, 0))
+    np.testing.assert_array_equal(constants[names[2]], projection(16, 4, 0))
+    compare(folder, 300)
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from reference import span_attention_reference
 
 from attnspan.export.lsh_function import LshAttention
 from attnspan.export.ops import DOMAIN, IR_VERSION, LSH_ATTENTION, OPSET, VERSION, register_schemas
-from attnspan.planner.lsh import projection
+from attnspan.planner.lsh import projection, signs
 
 DIM, CAPACITY, BYTES = 8, 64, 192
 INDEXES: dict[str, dict[str, Any]] = {
     "exact": {},
+    "sketch": {"fraction": 0.1},
     "signature": {"signature_bits": 64, "max_hamming": [20, 30]},
     "tables": {"bits": 3, "tables": 10, "min_collisions": 2},
 }
@@ -47,11 +48,12 @@ def session(index: str, cache: Any, with_lse: bool = True, **attributes: Any) ->
         for (name, shape), kind in zip(shapes.items(), kinds, strict=True)
     ]
     names = list(shapes)
-    columns = {"exact": 0, "signature": 64, "tables": 30}[index]
-    constants = [numpy_helper.from_array(projection(DIM, columns, 0), "projection")] if columns else []
+    columns = {"signature": 64, "tables": 30}.get(index)
+    constant = None if index == "exact" else signs(DIM, 0) if columns is None else projection(DIM, columns, 0)
+    constants = [] if constant is None else [numpy_helper.from_array(constant, "projection")]
     outputs = slice(7, 12 if with_lse else 11)
     attributes |= INDEXES[index] | {"index": index, "num_heads": 4, "kv_num_heads": 2, "layer": 3, "identity": 2**62}
-    inputs = [*names[:7], "projection"] if columns else names[:7]
+    inputs = [*names[:7], "projection"] if constants else names[:7]
     node = helper.make_node(LSH_ATTENTION.name, inputs, names[outputs], domain=DOMAIN, **attributes)
     graph = helper.make_graph([node], "one_node", values[:7], values[outputs], constants)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]

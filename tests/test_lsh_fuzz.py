@@ -19,7 +19,9 @@ from lsh_reference import Hashing
 PROJECTION = np.random.default_rng(0).standard_normal((16, 128), np.float32)
 SIGNATURE = Hashing("signature", PROJECTION, max_hamming=(50, 54))
 TABLES = Hashing("tables", PROJECTION[:, :48], 4, 12)
-EACH = pytest.mark.parametrize("hashing", [SIGNATURE, TABLES], ids=["signature", "tables"])
+SKETCH = Hashing("sketch", np.sign(PROJECTION[:, :4]), fraction=0.1)
+ALL = (SKETCH, SIGNATURE, TABLES)
+EACH = pytest.mark.parametrize("hashing", ALL, ids=[hashing.index for hashing in ALL])
 
 
 def refusal(case: Case, feeds: dict[str, np.ndarray] | None = None, **session: Any) -> str:
@@ -45,7 +47,12 @@ def refusal(case: Case, feeds: dict[str, np.ndarray] | None = None, **session: A
         (SIGNATURE, {"max_hamming": [50, -1]}, "max_hamming is -1; allowed are 0 to 128"),
         (SIGNATURE, {"max_hamming": [129, 50]}, "max_hamming is 129; allowed are 0 to 128"),
         (SIGNATURE, {"max_hamming": [50]}, "max_hamming has 1 entries; kv_num_heads is 2"),
-        (SIGNATURE, {"index": "graph"}, "index is 'graph'; allowed are tables, signature"),
+        (SIGNATURE, {"index": "graph"}, "index is 'graph'; allowed are sketch, signature"),
+        (SKETCH, {"fraction": 0.0}, "fraction is 0.000000; allowed are above 0, up to 0.5"),
+        (SKETCH, {"fraction": 0.6}, "fraction is 0.600000; allowed are above 0, up to 0.5"),
+        (SKETCH, {"fraction": float("nan")}, "fraction is nan; allowed are above 0"),
+        (SKETCH, {"min_inclusion": 0.1}, "sketches know what they draw: leave it 0"),
+        (SIGNATURE, {"index": "sketch"}, "projection has shape [16, 128]; it must be [head_dim, 4]"),
         (SIGNATURE, {"window": 0}, "window is 0; allowed are 1 to"),
         (SIGNATURE, {"sink": -1}, "sink is -1"),
         (SIGNATURE, {"dense_below": -2}, "dense_below is -2; allowed are -1 to"),
@@ -123,7 +130,8 @@ def test_the_state_of_another_node_is_refused(hashing: Hashing, other: dict[str,
     case = Case(hashing)
     case.step(case.tokens(400))
     if "projection" in other:
-        other = {"hashing": replace(hashing, projection=other["projection"][:, : hashing.projection.shape[1]])}
+        changed = -hashing.projection if hashing is SKETCH else other["projection"][:, : hashing.projection.shape[1]]
+        other = {"hashing": replace(hashing, projection=changed)}
     assert message in refusal(case, **other)
     fresh = case.feeds(case.tokens(1))  # what the buffer holds does not matter to a row that begins
     fresh["length"] = np.zeros(1, np.int32)
@@ -144,6 +152,11 @@ def test_the_state_of_another_index_is_refused() -> None:
     exact = Case(None)
     exact.past["past_state"] = np.ascontiguousarray(case.past["past_state"][:, : exact.past["past_state"].shape[1]])
     assert "past_state has " in refusal(exact, exact.feeds(exact.tokens(1), [400]))
+
+
+def test_a_projection_of_sketches_is_signs() -> None:
+    message = refusal(Case(SKETCH), hashing=replace(SKETCH, projection=PROJECTION[:, :4]))
+    assert "of index sketch it is signs, 1 and -1" in message
 
 
 def test_tables_do_not_rewind() -> None:
@@ -223,4 +236,4 @@ def test_whole_states_of_noise(hashing: Hashing) -> None:
     assert survives(case, np.zeros_like(state)) == 0  # an empty one: everything is indexed again
 
 
-GROWN = {hashing.index: grown(hashing) for hashing in (SIGNATURE, TABLES)}
+GROWN = {hashing.index: grown(hashing) for hashing in ALL}

@@ -27,7 +27,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Kinds:
 def sampling(kinds: Kinds) -> Kinds:
     """The sampled artefacts, changed to sample from the first indexed key on: of its own accord the library does so from 2048."""
     found = {}
-    for name in ("signature", "tables"):
+    for name in ("sketch", "signature", "tables"):
         folder = found[name] = kinds[name].parent / "sampling"
         shutil.copytree(kinds[name], folder)
         model = onnx.load(folder / "model.onnx", load_external_data=False)
@@ -43,7 +43,7 @@ def sampling(kinds: Kinds) -> Kinds:
 
 
 @needs_library
-@pytest.mark.parametrize("name", ["exact", "signature", "tables"])
+@pytest.mark.parametrize("name", ["exact", "sketch", "signature", "tables"])
 def test_prompts_are_exact(name: str, kinds: Kinds) -> None:
     """And steps too, where the index is `exact`."""
     fast, slow = opened(kinds[name], "library"), opened(kinds[name])
@@ -72,7 +72,7 @@ def test_prefill_reports_its_chunks(kinds: Kinds) -> None:
 
 
 @pytest.mark.parametrize("how", LIBRARIES)
-@pytest.mark.parametrize("name", ["signature", "tables"])
+@pytest.mark.parametrize("name", ["sketch", "signature", "tables"])
 def test_rows_do_not_see_each_other(name: str, how: str, kinds: Kinds) -> None:
     """Ragged rows with idle steps, one empty, one full to the last slot; then a second turn and a row that starts over."""
     prompts = [tokens(700, 1), tokens(3, 2), tokens(N_MAX, 3)]
@@ -95,7 +95,7 @@ def test_rows_do_not_see_each_other(name: str, how: str, kinds: Kinds) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("name", ["signature", "tables"])
+@pytest.mark.parametrize("name", ["sketch", "signature", "tables"])
 def test_steps_after_a_long_prompt_sample(name: str, sampling: Kinds, tmp_path: Path) -> None:
     """They are near the exact ones; copies of an index, saved or forked, give the same to the bit, while new tokens enter it."""
     sampled, exact = opened(sampling[name], "library"), opened(sampling[name])
@@ -114,10 +114,11 @@ def test_steps_after_a_long_prompt_sample(name: str, sampling: Kinds, tmp_path: 
 
 
 @needs_library
-def test_ragged_sampled_rows_equal_rows_alone(sampling: Kinds) -> None:
+@pytest.mark.parametrize("name", ["sketch", "signature"])
+def test_ragged_sampled_rows_equal_rows_alone(name: str, sampling: Kinds) -> None:
     prompts = [tokens(700, 1), tokens(40, 2), tokens(450, 3)]
-    together = opened(sampling["signature"], "library", batch=3)
-    alone = [opened(sampling["signature"], "library") for _ in prompts]
+    together = opened(sampling[name], "library", batch=3)
+    alone = [opened(sampling[name], "library") for _ in prompts]
     for row, prompt in enumerate(prompts):
         together.prefill(row, prompt)
         alone[row].prefill(0, prompt)
@@ -131,9 +132,10 @@ def test_ragged_sampled_rows_equal_rows_alone(sampling: Kinds) -> None:
 
 
 @needs_library
-def test_a_state_of_another_layer_is_refused(sampling: Kinds) -> None:
+@pytest.mark.parametrize("name", ["sketch", "signature"])
+def test_a_state_of_another_layer_is_refused(name: str, sampling: Kinds) -> None:
     """The session cannot mix them up, the op would notice."""
-    session = opened(sampling["signature"], "library")
+    session = opened(sampling[name], "library")
     session.prefill(0, tokens(400))
     states = dict(zip(session._caches.names, session._caches.past, strict=True))
     states["state.1"][0, : states["state.0.lsh"].shape[1]] = states["state.0.lsh"][0]

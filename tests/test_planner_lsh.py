@@ -15,7 +15,7 @@ from attnspan.export.cli import main
 from attnspan.planner.cost import allocated_bytes, cost_table, index_table, state_bytes
 from attnspan.planner.errors import UserError
 from attnspan.planner.inspect import summarise
-from attnspan.planner.lsh import inclusion, index_bytes_per_token, projection
+from attnspan.planner.lsh import inclusion, index_bytes_per_token, projection, projection_of, signs
 from attnspan.planner.lsh import state_bytes as layer_bytes
 from attnspan.planner.lsh_command import MAX_HAMMING
 from attnspan.planner.parts import identity, layer_parts, plan_parts
@@ -27,6 +27,7 @@ SHAPE = ModelShape("tiny", layers=3, heads=8, kv_heads=4, head_dim=64)
 SIGNATURE = LshParams("signature", 64, signature_bits=128, max_hamming=47)
 TABLES = LshParams("tables", 64, bits=10, tables=150, min_collisions=2)
 EXACT = LshParams("exact", 64)
+SKETCH = LshParams("sketch", 64)
 
 
 def head(params: LshParams) -> HeadRule:
@@ -43,13 +44,28 @@ def test_state_bytes(capacity: int) -> None:
     segments = math.ceil(n64 / 32768)
     lists, buckets, ids = (math.ceil(x / 64) * 64 for x in (segments * 300, segments * 150 * 1025 * 2, n64 * 300))
     assert layer_bytes(TABLES, 8, 128, capacity) == fixed + 8 * (lists + buckets + ids)
-    assert index_bytes_per_token(TABLES, capacity) == (lists + buckets + ids) / capacity
+    assert index_bytes_per_token(TABLES, capacity, None) == (lists + buckets + ids) / capacity
+    assert layer_bytes(SKETCH, 8, 128, capacity) == fixed + 8 * n64 // 64 * (32 * 64 + 128)
+
+
+@pytest.mark.parametrize(("dim", "each"), [(128, 34), (64, 18), (80, 22), (65, 19), (3, 3), (1, 3)])
+def test_bytes_of_sketches(dim: int, each: int) -> None:
+    """A quarter of a byte a dimension, rounded up, and two; for whole groups of 64 tokens. One KV head."""
+    assert index_bytes_per_token(SKETCH, 1024, dim) == each
+    assert index_bytes_per_token(SKETCH, 1024, None) is None
+    one, two = (layer_bytes(SKETCH, 1, dim, tokens) for tokens in (64, 65))
+    assert two - one == 64 * each
+    assert one == layer_bytes(EXACT, 1, dim, 64) + 64 * each
 
 
 def test_bytes_per_token() -> None:
     """16 and 32 bytes for signatures; tables take little over half of the reference's 600 from 16k tokens on."""
-    assert [index_bytes_per_token(dataclasses.replace(SIGNATURE, signature_bits=b), 8192) for b in (64, 128, 256)] == [8, 16, 32]
-    assert 300 < index_bytes_per_token(TABLES, 131072) < index_bytes_per_token(TABLES, 16384) < 320
+    for bits in (64, 128, 256):
+        assert index_bytes_per_token(dataclasses.replace(SIGNATURE, signature_bits=bits), 8192, None) == bits / 8
+    long, short = (index_bytes_per_token(TABLES, capacity, 128) for capacity in (131072, 16384))
+    assert long is not None
+    assert short is not None
+    assert 300 < long < short < 320
 
 
 def test_projection() -> None:
@@ -73,6 +89,26 @@ def test_projection_refuses() -> None:
         projection(64, 64, -1)
 
 
+def test_signs() -> None:
+    got = signs(128, 3)
+    assert (got.shape, got.dtype, got.flags.c_contiguous) == ((128, 4), np.float32, True)
+    assert set(got.ravel()) == {-1, 1}
+    np.testing.assert_array_equal(got, signs(128, 3))
+    wanted = np.random.Generator(np.random.PCG64([3, 4, 128])).integers(0, 2, (128, 4))
+    np.testing.assert_array_equal(got < 0, wanted == 1)
+    for other in (signs(128, 4), signs(129, 3)[:128], got[:, [1, 2, 3, 0]]):
+        assert abs((got == other).mean() - 0.5) < 0.12
+    with pytest.raises(UserError, match="seed of the signs is -1"):
+        signs(64, -1)
+
+
+def test_the_projection_of_each_index() -> None:
+    np.testing.assert_array_equal(projection_of(dataclasses.replace(SKETCH, seed=5), 64), signs(64, 5))
+    np.testing.assert_array_equal(projection_of(SIGNATURE, 64), projection(64, 128, 0))
+    np.testing.assert_array_equal(projection_of(TABLES, 64), projection(64, 1500, 0))
+    assert SKETCH.columns == 4
+
+
 def binomial(n: int, p: float, wanted: range) -> float:
     return math.fsum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in wanted)
 
@@ -93,6 +129,11 @@ def test_inclusion_broadcasts_and_clips() -> None:
     assert (drawn[1] == 1).all()
     assert drawn[0, 2] == 1
     assert inclusion(SIGNATURE, 1.0 + 1e-7) == 1
+
+
+def test_sketches_have_no_probability_of_an_angle() -> None:
+    with pytest.raises(ValueError, match="'sketch' does not draw by the angle"):
+        inclusion(SKETCH, 0.5)
 
 
 def test_keys_are_drawn_as_often_as_predicted() -> None:
@@ -149,6 +190,22 @@ def test_parts_of_layers() -> None:
     assert state_bytes(plan) == sum(p.state_bytes(64) for p in plan_parts(plan))
 
 
+def test_parts_of_sketched_layers() -> None:
+    """Heads share an op where window, seed and fraction are equal; what may differ by head with signatures may not here."""
+    more, other = dataclasses.replace(SKETCH, fraction=0.05), dataclasses.replace(SKETCH, seed=1)
+    rows = [[head(SKETCH), head(more), head(SKETCH), head(SIGNATURE)], [head(SKETCH)] * 4, [head(other), head(SKETCH)] * 2]
+    plan = Plan(SHAPE, 1024, rows)
+    assert [(p.name, p.heads, p.max_hamming, p.lsh) for p in plan_parts(plan)] == [
+        ("0", (0, 2), None, SKETCH),
+        ("0.lsh2", (1,), None, more),
+        ("0.lsh3", (3,), (47,), dataclasses.replace(SIGNATURE, max_hamming=0)),
+        ("1", (0, 1, 2, 3), None, SKETCH),
+        ("2", (0, 2), None, other),
+        ("2.lsh2", (1, 3), None, SKETCH),
+    ]
+    assert layer_parts(plan, 1)[0].describe(64)["state_bytes"] == layer_bytes(SKETCH, 4, 64, 1024)
+
+
 def test_identity_tells_indexes_apart() -> None:
     def of(params: LshParams, layer: int = 0, shape: ModelShape = SHAPE, n_max: int = 1024) -> int:
         return identity(layer_parts(sampled(shape, params, n_max, []), layer)[0], shape, n_max)
@@ -156,12 +213,13 @@ def test_identity_tells_indexes_apart() -> None:
     other = dataclasses.replace(SHAPE, id="other")
     seeds = dataclasses.replace(SIGNATURE, seed=1)
     ids = [of(SIGNATURE), of(SIGNATURE, 1), of(SIGNATURE, 0, other), of(SIGNATURE, n_max=2048)]
-    ids += [of(seeds), of(TABLES)]
+    ids += [of(SKETCH), of(dataclasses.replace(SKETCH, seed=1)), of(seeds), of(TABLES)]
     assert len(set(ids)) == len(ids)
     assert all(0 <= x < 2**63 for x in ids)
     # These may change under an index.
     assert of(dataclasses.replace(SIGNATURE, max_hamming=3, window=9, min_inclusion=0.1)) == ids[0]
     assert of(dataclasses.replace(TABLES, min_collisions=3)) == ids[-1]
+    assert of(dataclasses.replace(SKETCH, fraction=0.1, window=9)) == ids[4]
 
 
 def test_a_plan_states_what_its_indexes_take(tmp_path: Path) -> None:
@@ -179,6 +237,40 @@ def test_a_plan_states_what_its_indexes_take(tmp_path: Path) -> None:
     assert "indexes" not in sampled(SHAPE, TABLES, 8192, [0, 1, 2]).to_dict()
 
 
+def test_a_plan_with_sketches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = sampled(SHAPE, dataclasses.replace(SKETCH, fraction=0.05, seed=7), 8192)
+    plan.save(tmp_path / "plan.json")
+    data = json.loads((tmp_path / "plan.json").read_text())
+    assert data["rules"][1][0]["lsh"] == {"index": "sketch", "fraction": 0.05, "window": 64, "seed": 7}
+    assert data["indexes"] == [{"index": "sketch", "fraction": 0.05, "kv_heads": 8, "bytes_per_token": 18}]
+    assert data["state_bytes"] == 2 * layer_bytes(SKETCH, 4, 64, 8192)
+    assert Plan.load(tmp_path) == plan
+    assert main(["inspect", str(tmp_path / "plan.json"), "--no-png"]) == 0
+    assert "index     sketch (fraction 0.05) of 8 KV heads, 18 B a token and KV head" in capsys.readouterr().out
+
+
+def test_a_plan_may_leave_the_fraction_out() -> None:
+    data = sampled(SHAPE, SKETCH, 8192).to_dict()
+    for layer in data["rules"]:
+        for rule in layer:
+            if "lsh" in rule:
+                assert rule["lsh"].pop("fraction") == 0.02
+    assert Plan.from_dict(data) == sampled(SHAPE, SKETCH, 8192)
+    data["rules"][1][2]["lsh"]["max_hamming"] = 3
+    with pytest.raises(UserError, match=r"rules\[1\]\[2\].*max_hamming is 3: index 'sketch' does not take it"):
+        Plan.from_dict(data)
+
+
+def test_sketches_of_keys_of_unknown_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = sampled(dataclasses.replace(SHAPE, head_dim=None), SKETCH, 8192)
+    assert state_bytes(plan) is None
+    assert index_table(plan) == [{"index": "sketch", "fraction": 0.02, "kv_heads": 8, "bytes_per_token": None}]
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path) == plan
+    assert main(["inspect", str(tmp_path / "plan.json"), "--no-png"]) == 0
+    assert "of 8 KV heads, - B a token and KV head" in capsys.readouterr().out
+
+
 def test_costs_count_states() -> None:
     plan = sampled(SHAPE, SIGNATURE, 8192)
     row, whole = cost_table(plan, [2048, 8192], batch=3)
@@ -192,16 +284,22 @@ def test_costs_count_states() -> None:
     assert index_table(unknown)[0]["bytes_per_token"] == 16
 
 
+SIGNATURES = ["--index", "signature"]
+LONG = LshParams("signature", 64, signature_bits=256, max_hamming=101)
+SHORT = LshParams("signature", 32, signature_bits=64, max_hamming=20)
 COMMAND = ["plan", "lsh", "--layers", "18", "--heads", "8", "--kv-heads", "4", "--head-dim", "64"]
 
 
 @pytest.mark.parametrize(
     ("options", "params"),
     [
-        ([], LshParams("signature", 64, signature_bits=256, max_hamming=101)),
-        (["--signature-bits", "128"], SIGNATURE),
-        (["--signature-bits", "64", "--window", "32"], LshParams("signature", 32, signature_bits=64, max_hamming=20)),
-        (["--max-hamming", "50", "--seed", "3"], LshParams("signature", 64, signature_bits=256, max_hamming=50, seed=3)),
+        ([], LshParams("sketch", 64, fraction=0.02)),
+        (["--index", "sketch", "--fraction", "0.5", "--seed", "3"], LshParams("sketch", 64, fraction=0.5, seed=3)),
+        (["--fraction", "0.01", "--window", "32"], LshParams("sketch", 32, fraction=0.01)),
+        (SIGNATURES, LONG),
+        ([*SIGNATURES, "--signature-bits", "128"], SIGNATURE),
+        ([*SIGNATURES, "--signature-bits", "64", "--window", "32"], SHORT),
+        ([*SIGNATURES, "--max-hamming", "50", "--seed", "3"], dataclasses.replace(LONG, max_hamming=50, seed=3)),
         (["--index", "tables"], TABLES),
         (
             ["--index", "tables", "--bits", "8", "--tables", "75", "--min-collisions", "1", "--min-inclusion", "0.1"],
@@ -240,13 +338,26 @@ def test_plan_lsh_takes_the_shape_and_length_from_a_model(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--index", "tree"], "must be one of tables, signature, exact; change --index"),
-        (["--bits", "10"], "index 'signature' does not take it; remove --bits"),
+        (["--index", "tree"], "must be one of sketch, signature, tables, exact; change --index"),
+        (["--bits", "10"], "index 'sketch' does not take it; remove --bits, or change --index"),
+        (["--tables", "150"], "index 'sketch' does not take it; remove --tables"),
+        (["--min-collisions", "2"], "index 'sketch' does not take it; remove --min-collisions"),
+        (["--signature-bits", "128"], "index 'sketch' does not take it; remove --signature-bits"),
+        (["--max-hamming", "50"], "lsh max_hamming is 50: index 'sketch' does not take it; remove --max-hamming"),
+        (["--min-inclusion", "0.1"], "lsh min_inclusion is 0.1: index 'sketch' does not take it; remove --min-inclusion"),
+        (["--fraction", "0"], "lsh fraction is 0.0: must be above 0 and at most 0.5; change --fraction"),
+        (["--fraction", "-0.1"], "change --fraction"),
+        (["--fraction", "0.51"], "lsh fraction is 0.51: must be a number from 0 to 0.5; change --fraction"),
+        (["--fraction", "nan"], "change --fraction"),
+        (["--fraction", "0.02", *SIGNATURES], "lsh fraction is 0.02: index 'signature' does not take it; remove --fraction"),
+        (["--fraction", "0.02", "--index", "tables"], "index 'tables' does not take it; remove --fraction, or change --index"),
+        (["--fraction", "0.02", "--index", "exact"], "index 'exact' does not take it; remove --fraction"),
+        ([*SIGNATURES, "--bits", "10"], "index 'signature' does not take it; remove --bits"),
         (["--index", "tables", "--max-hamming", "10"], "index 'tables' does not take it; remove --max-hamming"),
         (["--index", "tables", "--bits", "16"], "from 1 to 15; change --bits"),
         (["--index", "tables", "--tables", "1025"], "from 1 to 1024; change --tables"),
-        (["--signature-bits", "100"], "64, 128 or 256; change --signature-bits"),
-        (["--max-hamming", "257"], "from 0 to 256; change --max-hamming"),
+        ([*SIGNATURES, "--signature-bits", "100"], "64, 128 or 256; change --signature-bits"),
+        ([*SIGNATURES, "--max-hamming", "257"], "from 0 to 256; change --max-hamming"),
         (["--window", "0"], "change --window"),
         (["--window", "8129"], "window and 64 sinks must fit in n_max = 8192"),
         (["--dense-layers", "0,18"], "dense layer is 18: must be an integer from 0 to 17"),

@@ -23,6 +23,7 @@ SHAPE = ModelShape("tiny", layers=2, heads=6, kv_heads=3, head_dim=64, config_ha
 WINDOW = st.integers(1, 64)
 SEED = st.integers(0, 2**63 - 1)
 LSH = st.one_of(
+    st.builds(LshParams, st.just("sketch"), WINDOW, fraction=st.none() | st.floats(1e-6, 0.5), seed=SEED),
     st.builds(LshParams, st.just("exact"), WINDOW),
     st.builds(
         LshParams,

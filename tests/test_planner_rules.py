@@ -90,7 +90,7 @@ def test_rule_refuses(values: dict[str, object], words: str) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"index": "tree", "window": 64}, "tables, signature, exact"),
+        ({"index": "tree", "window": 64}, "sketch, signature, tables, exact"),
         ({"index": "exact", "window": 0}, "window is 0"),
         ({"index": "exact", "window": 64, "bits": 10}, "does not take it"),
         ({"index": "tables", "window": 64, "bits": 10, "tables": 150}, "min_collisions is None"),
@@ -102,6 +102,17 @@ def test_rule_refuses(values: dict[str, object], words: str) -> None:
         ({"index": "signature", "window": 64, "signature_bits": 100, "max_hamming": 9}, "is 100: must be 64, 128 or 256"),
         ({"index": "signature", "window": 64, "signature_bits": 128, "max_hamming": 129}, "from 0 to 128; change --max-hamming"),
         ({"index": "signature", "window": 64, "signature_bits": 64, "max_hamming": 65}, "from 0 to 64"),
+        ({"index": "sketch", "window": 64, "fraction": 0}, "fraction is 0.0: must be above 0 and at most 0.5; change --fraction"),
+        ({"index": "sketch", "window": 64, "fraction": 1e-50}, "fraction is 1e-50: must be above 0"),
+        ({"index": "sketch", "window": 64, "fraction": 0.6}, "fraction is 0.6: must be a number from 0 to 0.5"),
+        ({"index": "sketch", "window": 64, "fraction": math.nan}, "fraction is nan"),
+        ({"index": "sketch", "window": 64, "fraction": True}, "fraction is True"),
+        ({"index": "sketch", "window": 64, "fraction": "0.1"}, "fraction is '0.1'"),
+        ({"index": "sketch", "window": 64, "min_inclusion": 0.05}, "min_inclusion is 0.05: index 'sketch' does not take it"),
+        ({"index": "sketch", "window": 64, "min_inclusion": -1}, "min_inclusion is -1: must be a number from 0 to 1"),
+        ({"index": "sketch", "window": 64, "max_hamming": 0}, "max_hamming is 0: index 'sketch' does not take it"),
+        ({"index": "sketch", "window": 64, "bits": 0}, "bits is 0: index 'sketch' does not take it"),
+        ({"index": "exact", "window": 64, "fraction": 0.02}, "index 'exact' does not take it; remove --fraction"),
         ({"index": "exact", "window": 64, "seed": -1}, "seed is -1"),
         ({"index": "exact", "window": 64, "min_inclusion": 1.5}, "min_inclusion is 1.5: must be a number from 0 to 1"),
     ],
@@ -109,3 +120,11 @@ def test_rule_refuses(values: dict[str, object], words: str) -> None:
 def test_lsh_refuses(values: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
         LshParams(**values)  # type: ignore[arg-type]
+
+
+def test_the_fraction_of_a_sketch() -> None:
+    """It has a default, and an integer is a number; other indexes have none."""
+    assert LshParams("sketch", 64).fraction == 0.02
+    assert LshParams("sketch", 64) == LshParams("sketch", 64, fraction=0.02, min_inclusion=0)
+    assert LshParams("sketch", 64, fraction=0.5).fraction == 0.5
+    assert LshParams("exact", 64).fraction is None

@@ -24,7 +24,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Kinds:
 
 
 @pytest.mark.parametrize("how", LIBRARIES)
-@pytest.mark.parametrize("name", ["span", "signature", "tables"])
+@pytest.mark.parametrize("name", ["span", "sketch", "signature", "tables"])
 def test_fork(name: str, how: str, kinds: Kinds) -> None:
     """A copy goes on as the original would have, into a row that held something longer; neither disturbs the other."""
     session = opened(kinds[name], how, batch=2)
@@ -50,7 +50,7 @@ def test_fork(name: str, how: str, kinds: Kinds) -> None:
 
 
 @pytest.mark.parametrize("how", LIBRARIES)
-@pytest.mark.parametrize("name", ["span", "signature", "tables"])
+@pytest.mark.parametrize("name", ["span", "sketch", "signature", "tables"])
 @pytest.mark.parametrize("count", [1, 100, 1000])
 def test_save_and_load(name: str, how: str, count: int, kinds: Kinds, tmp_path: Path) -> None:
     session = opened(kinds[name], how)
@@ -84,7 +84,7 @@ def test_an_empty_row_and_a_cut_file_size(kinds: Kinds, tmp_path: Path) -> None:
 @needs_library
 def test_a_row_saved_without_the_library_goes_on_with_it(kinds: Kinds, tmp_path: Path) -> None:
     """Its state is empty, and is made from the caches."""
-    slow, fast = opened(kinds["signature"]), opened(kinds["signature"], "library")
+    slow, fast = opened(kinds["sketch"]), opened(kinds["sketch"], "library")
     slow.prefill(0, tokens(600))
     slow.save(tmp_path / "row")
     fast.load(tmp_path / "row")
@@ -128,7 +128,7 @@ def test_rows_of_other_artefacts_are_refused(kinds: Kinds, tmp_path: Path) -> No
     session = opened(kinds["signature"])
     session.prefill(0, tokens(20))
     session.save(tmp_path / "row")
-    for other in ("tables", "span", "exact"):
+    for other in ("sketch", "tables", "span", "exact"):
         with pytest.raises(UserError, match=r"saved with another artefact \(model 'model', [0-9a-f]{12}\.\.\.\)"):
             opened(kinds[other]).load(tmp_path / "row")
     with pytest.raises(UserError, match=r"cannot read .*nowhere"):

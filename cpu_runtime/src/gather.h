@@ -1,7 +1,7 @@
 // Attention to drawn keys: as decode.h, but the rows lie scattered, and each score is corrected by the probability of its draw.
 //
-// A block of kRows rows passes: products with the centred key and its norm in one pass over the row; cosines; log u from a table;
-// online softmax; acc += p.V. A head that did not draw a row of its siblings gives it the score -inf.
+// A block of kRows rows passes: products with the centred key and its norm in one pass over the row; cosines; log u from a table (or, of
+// sketches, known log p); online softmax; acc += p.V. A head that did not draw a row of its siblings gives it the score -inf.
 #pragma once
 
 #include "decode.h"
@@ -52,8 +52,9 @@ ATTNSPAN_INLINE void fetch_far(const C* p, int64_t count) {
   for (int64_t i = 0; i < count; i += kLine<C>) __builtin_prefetch(p + i, 0, 2);
 }
 
-// Products of T centred rows with G heads into s[t * P + g], their squared norms into norm[t]; asks for T rows of the next block.
-template <class C, int G, int T, int P>
+// Products of T rows with G heads into s[t * P + g]; asks for T rows of the next block. Hashed: the rows are centred first, and their
+// squared norms go into norm[t].
+template <class C, int G, int T, int P, bool Hashed>
 ATTNSPAN_INLINE void score_rows(const attnspan::GatherTask& task, const int32_t* id, const int32_t* next, float* s,
                                 float* norm) {
   const int64_t dim = task.head_dim;
@@ -62,13 +63,12 @@ ATTNSPAN_INLINE void score_rows(const attnspan::GatherTask& task, const int32_t*
   vf acc[T][P] = {}, square[4] = {};
   int64_t d = 0;
   for (; d + W <= dim; d += W) {
-    const vf mean = load(task.mean + d);
     if (d % kLine<C> == 0)
       for (int t = 0; t < T; ++t) __builtin_prefetch(ahead[t] + d, 0, 2);
     vf k[T];
     for (int t = 0; t < T; ++t) {
-      k[t] = load(row[t] + d) - mean;
-      square[t] += k[t] * k[t];
+      k[t] = load(row[t] + d);
+      if constexpr (Hashed) k[t] -= load(task.mean + d), square[t] += k[t] * k[t];
     }
     for (int g = 0; g < G; ++g) {
       vf q = load(task.query + g * dim + d);
@@ -78,15 +78,16 @@ ATTNSPAN_INLINE void score_rows(const attnspan::GatherTask& task, const int32_t*
   }
   const vf* a = &acc[0][0];
   for (int i = 0; i < T * P; i += 4) sum_lanes4(a[i], a[i + 1], a[i + 2], a[i + 3], s + i);
-  float squares[4];
-  sum_lanes4(square[0], square[1], square[2], square[3], squares);
+  float squares[4] = {};
+  if constexpr (Hashed) sum_lanes4(square[0], square[1], square[2], square[3], squares);
   for (; d < dim; ++d)
     for (int t = 0; t < T; ++t) {
-      const float k = to_float(row[t][d]) - task.mean[d];
+      const float k = to_float(row[t][d]) - (Hashed ? task.mean[d] : 0.f);
       squares[t] += k * k;
       for (int g = 0; g < G; ++g) s[t * P + g] += k * task.query[g * dim + d];
     }
-  for (int t = 0; t < T; ++t) norm[t] = squares[t];
+  if constexpr (Hashed)
+    for (int t = 0; t < T; ++t) norm[t] = squares[t];
 }
 
 template <class C, int G, int N, int P>
@@ -147,26 +148,35 @@ ATTNSPAN_INLINE QueryFacts query_facts(const attnspan::GatherTask& task) {
 }
 
 // rows: a multiple of T; next: the ids of the block behind, `rows` of them readable.
-template <class C, int G>
+template <class C, int G, bool Hashed>
 ATTNSPAN_INLINE void gather_block(const attnspan::GatherTask& task, const QueryFacts& facts, const int32_t* id, const uint8_t* drawn,
                                   const int32_t* next, int64_t rows, Running& running, float* acc) {
   constexpr int P = lanes_of(G), T = kRegisters == 32 || P < 4 ? 4 : 2, N = P == 1 ? 8 : kRegisters / 2 / P;
   const int64_t dim = task.head_dim, lanes = rows * P, padded = (lanes + W - 1) / W * W;
   alignas(64) float s[kRows * 4 + 2 * W], inverse[kRows * 4 + 2 * W], bias[kRows * 4 + 2 * W], norm[kRows + W];
-  for (int64_t t = 0; t < rows; t += T) score_rows<C, G, T, P>(task, id + t, next + t, s + t * P, norm + t);
-  for (int64_t t = rows; t < rows + W && t < kRows + W; ++t) norm[t] = 1.f;
-  for (int64_t t = 0; t < rows; t += W) store(norm + t, 1.f / square_root(load(norm + t)));
-  for (int64_t t = 0; t < rows; ++t)
-    for (int g = 0; g < P; ++g) {
-      inverse[t * P + g] = norm[t] * facts.inverse_norm[g];
-      bias[t * P + g] = kBias.of[drawn[t] & 15][g];
+  for (int64_t t = 0; t < rows; t += T) score_rows<C, G, T, P, Hashed>(task, id + t, next + t, s + t * P, norm + t);
+  if constexpr (Hashed) {
+    for (int64_t t = rows; t < rows + W && t < kRows + W; ++t) norm[t] = 1.f;
+    for (int64_t t = 0; t < rows; t += W) store(norm + t, 1.f / square_root(load(norm + t)));
+    for (int64_t t = 0; t < rows; ++t)
+      for (int g = 0; g < P; ++g) {
+        inverse[t * P + g] = norm[t] * facts.inverse_norm[g];
+        bias[t * P + g] = kBias.of[drawn[t] & 15][g];
+      }
+    for (int64_t i = lanes; i < padded; ++i) s[i] = 0.f, inverse[i] = 0.f, bias[i] = -INFINITY;
+    for (int64_t i = 0; i < padded; i += W) {
+      const vf product = load(s + i);
+      vf score = product + facts.mean;
+      if (task.softcap != 0.f) score = soft_cap(score, task.softcap);
+      store(s + i, score + load(bias + i) - log_inclusion(task.log_inclusion, product * load(inverse + i)));
     }
-  for (int64_t i = lanes; i < padded; ++i) s[i] = 0.f, inverse[i] = 0.f, bias[i] = -INFINITY;
-  for (int64_t i = 0; i < padded; i += W) {
-    const vf product = load(s + i);
-    vf score = product + facts.mean;
-    if (task.softcap != 0.f) score = soft_cap(score, task.softcap);
-    store(s + i, score + load(bias + i) - log_inclusion(task.log_inclusion, product * load(inverse + i)));
+  } else {
+    const float* log_p = task.log_p + (id - task.id);
+    for (int64_t i = lanes; i < padded; ++i) s[i] = 0.f;
+    for (int64_t i = 0; i < padded; i += W) {
+      const vf score = load(s + i);
+      store(s + i, (task.softcap != 0.f ? soft_cap(score, task.softcap) : score) - load(log_p + i));
+    }
   }
   softmax_block<G, P>(s, rows, 0.f, dim, running, acc);
   int64_t d = 0;
@@ -179,7 +189,7 @@ ATTNSPAN_INLINE void gather_block(const attnspan::GatherTask& task, const QueryF
       for (int g = 0; g < G; ++g) acc[g * dim + d] += s[t * P + g] * to_float(value[int64_t(id[t]) * dim + d]);
 }
 
-template <class C, int G>
+template <class C, int G, bool Hashed>
 void gather_heads(const attnspan::GatherTask& task, const attnspan::SoftmaxState& state) {
   const int64_t dim = task.head_dim;
   const C *key = static_cast<const C*>(task.key), *value = static_cast<const C*>(task.value);
@@ -187,25 +197,27 @@ void gather_heads(const attnspan::GatherTask& task, const attnspan::SoftmaxState
     fetch_far(key + int64_t(task.id[i]) * dim, dim);
     fetch_far(value + int64_t(task.id[i]) * dim, dim);
   }
-  const QueryFacts facts = query_facts<G>(task);
+  QueryFacts facts{};
+  if constexpr (Hashed) facts = query_facts<G>(task);
   Running running = enter(state.max, state.sum, G);
   for (int64_t first = 0; first < task.count; first += kRows) {
     const int64_t rest = task.count - first;
     const int64_t rows = rest < kRows ? (rest + 3) / 4 * 4 : kRows;  // the padding makes a last block whole
     const int32_t* id = task.id + first;
     const int32_t* next = rest > kRows ? id + kRows : id;  // at the end: rows that are there already
-    gather_block<C, G>(task, facts, id, task.drawn + first, next, rows, running, state.acc);
+    gather_block<C, G, Hashed>(task, facts, id, Hashed ? task.drawn + first : nullptr, next, rows, running, state.acc);
   }
   leave(running, state.max, state.sum, G);
 }
 
 template <class C>
 void gather_run(const attnspan::GatherTask& task, const attnspan::SoftmaxState& state) {
+  if (task.log_p) return gather_heads<C, 1, false>(task, state);
   switch (task.heads) {
-    case 1: return gather_heads<C, 1>(task, state);
-    case 2: return gather_heads<C, 2>(task, state);
-    case 3: return gather_heads<C, 3>(task, state);
-    default: return gather_heads<C, 4>(task, state);
+    case 1: return gather_heads<C, 1, true>(task, state);
+    case 2: return gather_heads<C, 2, true>(task, state);
+    case 3: return gather_heads<C, 3, true>(task, state);
+    default: return gather_heads<C, 4, true>(task, state);
   }
 }
 

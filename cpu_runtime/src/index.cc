@@ -19,6 +19,7 @@ IndexLayout::IndexLayout(const IndexConfig& config, int64_t kv_heads_, int64_t d
   sums = means + round_up(kMeans * kv_heads * dim * 4, 64);
   heads = sums + round_up(kv_heads * dim * 8, 64);
   if (config.kind == IndexKind::signature) head_bytes = capacity * config.words() * 8;
+  if (config.kind == IndexKind::sketch) head_bytes = capacity / kGroup * sketch_block(config.planes);
   if (config.kind == IndexKind::tables) {
     start = round_up(segments * config.tables * 2, 64);
     ids = start + round_up(segments * config.tables * (config.buckets() + 1) * 2, 64);
@@ -60,8 +61,8 @@ std::string Index::open(int64_t length) {
   if (h.indexed > std::max(length, sink_)) {
     if (config_.kind == IndexKind::tables)
       return "past_state holds " + std::to_string(h.indexed) + " positions, length is " + std::to_string(length) +
-             ": tables cannot go back; give zeros, or use index signature";
-    // Signatures behind the new end are overwritten before they are read. The sums keep keys that are gone: any mean is right, and
+             ": tables cannot go back; give zeros, or use index sketch or signature";
+    // What lies behind the new end is overwritten before it is read. The sums keep keys that are gone: any mean is right, and
     // that of keys of the same row is a good one.
     h.indexed = uint32_t(std::max(length, sink_));
     while (h.means > 0 && h.mean_start[h.means - 1] >= h.indexed) --h.means;
@@ -116,6 +117,17 @@ void Index::put(int64_t h, int64_t first, int64_t count, const uint64_t* bits) c
       const int64_t position = first + i;
       uint64_t* block = signatures(h) + position / kLanes * words * kLanes + position % kLanes;
       for (int64_t w = 0; w < words; ++w) block[w * kLanes] = bits[i * words + w];
+    }
+    return;
+  }
+  if (config_.kind == IndexKind::sketch) {
+    const int64_t planes = config_.planes;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t position = first + i, lane = position % kGroup;
+      const auto* row = reinterpret_cast<const uint8_t*>(bits + i * words);
+      uint8_t* block = sketches(h) + position / kGroup * sketch_block(planes);
+      for (int64_t p = 0; p < planes; ++p) block[p * kGroup + lane] = row[p];
+      std::memcpy(block + planes * kGroup + lane * 2, row + planes, 2);
     }
     return;
   }

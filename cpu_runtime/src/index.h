@@ -1,6 +1,6 @@
 // The index of one layer and row: one buffer without pointers, so that it can be bound in place, copied, forked, saved and loaded.
 //
-//   header | means [kMeans, kv_heads, dim] fp32 | sums [kv_heads, dim] fp64 | per KV head: signatures or tables
+//   header | means [kMeans, kv_heads, dim] fp32 | sums [kv_heads, dim] fp64 | per KV head: sketches, signatures or tables
 //
 // Positions from `sink` up to `indexed` are in the index. Keys are hashed less a mean, and the mean may be any: scores use the keys
 // as they are, and a key's probability of being drawn is computed with the mean that it was hashed with. A better mean is begun each
@@ -15,17 +15,25 @@
 
 namespace attnspan {
 
-enum class IndexKind : uint32_t { exact = 0, tables = 1, signature = 2 };
+enum class IndexKind : uint32_t { exact = 0, tables = 1, signature = 2, sketch = 3 };
 
 struct IndexConfig {
   IndexKind kind = IndexKind::exact;
   int64_t bits = 0, tables = 0, min_collisions = 0;  // tables
   int64_t signature_bits = 0;                        // signature
+  int64_t planes = 0;                                // sketch: bytes of a key's codes
   int64_t layer = 0, identity = 0;
   uint64_t projection = 0;  // fingerprint of the projection
 
-  int64_t columns() const { return kind == IndexKind::tables ? bits * tables : kind == IndexKind::signature ? signature_bits : 0; }
-  int64_t row_words() const { return (columns() + 63) / 64; }  // of a row's bits
+  int64_t columns() const {  // of the projection
+    switch (kind) {
+      case IndexKind::tables: return bits * tables;
+      case IndexKind::signature: return signature_bits;
+      case IndexKind::sketch: return kRounds;
+      default: return 0;
+    }
+  }
+  int64_t row_words() const { return kind == IndexKind::sketch ? (planes + 2 + 7) / 8 : (columns() + 63) / 64; }  // of a key, as `put` takes it
   int64_t words() const { return signature_bits / 64; }
   int64_t buckets() const { return int64_t(1) << bits; }
 };
@@ -76,6 +84,7 @@ class Index {
   int64_t mean_of(int64_t position, int64_t* end) const;
 
   uint64_t* signatures(int64_t h) const { return reinterpret_cast<uint64_t*>(head(h)); }
+  uint8_t* sketches(int64_t h) const { return reinterpret_cast<uint8_t*>(head(h)); }
   uint16_t* sorted(int64_t h, int64_t s) const { return reinterpret_cast<uint16_t*>(head(h)) + s * config_.tables; }
   uint16_t* start(int64_t h, int64_t s) const {
     return reinterpret_cast<uint16_t*>(head(h) + layout_.start) + s * config_.tables * (config_.buckets() + 1);
@@ -84,7 +93,7 @@ class Index {
 
   // Decides which mean the keys from `indexed` on are hashed with, when the sums already hold them.
   void begin_mean();
-  // Writes the bits of the keys at [first, first + count), [count, row_words].
+  // Writes the bits (of sketches: the codes and the factor) of the keys at [first, first + count), [count, row_words].
   void put(int64_t h, int64_t first, int64_t count, const uint64_t* bits) const;
   // Codes that table l of a segment holds unsorted, of `coded` in the segment.
   int64_t unsorted(int64_t h, int64_t s, int64_t l, int64_t coded) const { return coded - sorted(h, s)[l]; }

@@ -8,6 +8,7 @@
 #include "prefill_bf16.h"
 #include "retrieve.h"
 #include "simd.h"
+#include "sketch.h"
 
 namespace {
 
@@ -103,5 +104,6 @@ namespace attnspan {
 extern const Kernels ATTNSPAN_JOIN(kernels_, ATTNSPAN_ISA);
 const Kernels ATTNSPAN_JOIN(kernels_, ATTNSPAN_ISA) = {ATTNSPAN_TEXT(ATTNSPAN_ISA), load_any, store_any, decode_any, merge_states,
                                                        prefill_begin_any, prefill_tile_any, prefill_end,
-                                                       hash_any, scan_any, walk_any, gather_any};
+                                                       hash_any, scan_any, walk_any, gather_any,
+                                                       rotate_any, encode_any, score_any, draw_any};
 }  // namespace attnspan

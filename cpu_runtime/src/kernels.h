@@ -117,8 +117,60 @@ struct GatherTask {
   const float* mean;           // [head_dim] what was taken from the keys before they were hashed, in units of the cache
   const float* log_inclusion;  // [kInclusion + 1] log u at sin(theta / 2) = 0 ... 1
   float softcap;
+  const float* log_p;  // [count + kPad] or null; if not, the log of each draw's probability, infinite in the last kPad: one head, no mean
 };
 constexpr int64_t kPad = 64, kInclusion = 2048;
+
+// Sketches: tokens in groups of 64, each `planes` rows of 64 bytes (the codes of four dimensions) and 64 factors in bf16.
+constexpr int64_t kRounds = 4;  // of a rotation: signs, then a Hadamard transform
+constexpr int64_t sketch_planes(int64_t dim) { return (dim + 3) / 4; }
+constexpr int64_t sketch_block(int64_t planes) { return planes * kGroup + 2 * kGroup; }
+struct RotateTask {
+  float* x;  // [rows, dim], rotated in place
+  int64_t rows;
+  int64_t dim;
+  const float* signs;  // [dim, kRounds] of +1 and -1
+  float* scratch;      // rotate_scratch(dim) floats
+};
+constexpr int64_t rotate_scratch(int64_t dim) { return dim * 16; }
+struct EncodeTask {
+  RotateTask rotate;  // x: less their mean; left as they are
+  uint8_t* codes;     // [rows, stride]: planes bytes and a factor
+  int64_t stride;
+};
+// Scores of up to four query heads: factor * (step * sum of entries + offset) + bias. Anything, where the buffer is damaged.
+struct SketchTask {
+  const uint8_t* blocks;
+  int64_t planes;
+  int64_t groups;
+  int64_t heads;
+  const uint8_t* table;  // [heads, planes * 2, 16]
+  const float *step, *offset, *bias;  // [heads]
+  float* out;            // [heads, groups, 64]
+};
+// Draws tokens whose log p = min(0, max(floor, score)) is above a threshold.
+struct DrawTask {
+  const float* scores;  // [groups, 64]
+  int64_t first_group, groups;
+  int64_t from, to;  // tokens outside are not drawn
+  uint64_t seed;     // of the query
+  const float* thresholds;
+  float floor;
+  int32_t* id;   // [groups * 64]
+  float* log_p;  // [groups * 64]
+};
+constexpr int64_t kThresholds = 16384, kThresholdStep = 10127;  // odd, near kThresholds over the golden ratio
+// What a query's draws depend on besides its scores: the tokens before it and its head.
+constexpr uint64_t draw_seed(int64_t length, int64_t head) {
+  return uint64_t(length) * 0x9E3779B97F4A7C15 + uint64_t(head) * 0xC2B2AE3D27D4EB4F;
+}
+// Where a group's thresholds begin.
+constexpr int64_t threshold_start(uint64_t seed, int64_t group) {
+  uint64_t x = seed + uint64_t(group) * 0x165667B19E3779F9;
+  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9;
+  x = (x ^ x >> 27) * 0x94D049BB133111EB;
+  return int64_t((x >> 32) % uint64_t(kThresholds));
+}
 
 struct Kernels {
   const char* name;
@@ -137,6 +189,10 @@ struct Kernels {
   // False, and the mask means nothing, when the tables are damaged.
   bool (*walk)(const WalkTask& task);
   void (*gather)(DType cache, const GatherTask& task, const SoftmaxState& state);
+  void (*rotate)(const RotateTask& task);
+  void (*encode)(const EncodeTask& task);
+  void (*score)(const SketchTask& task);
+  int64_t (*draw)(const DrawTask& task);  // tokens drawn
 };
 
 // The fastest table this processor runs, or the one named `wanted` (null or empty: the fastest). Null when there is no such

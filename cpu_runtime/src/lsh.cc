@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "call.h"
+#include "sketch_query.h"
 
 namespace attnspan {
 namespace {
@@ -44,6 +45,7 @@ constexpr int64_t kShortScan = 8192, kLongScan = 32768, kManyScans = 64;
 // Tokens from which a step samples: tables win from 4096 on, signatures from 1024, where the little there is to save is not worth the noise
 // (docs/results.md). Of signatures, of tables.
 constexpr int64_t kDenseBelow[] = {2048, 4096};
+constexpr int64_t kChunk = 2048;        // tokens whose scores are estimated before any is drawn
 constexpr int64_t kQuad = 4;            // query heads that may share a pass over the drawn rows
 constexpr int64_t kShared = 2;          // heads that draw a row on average, above which they do
 constexpr float kNothing = -1e30f;      // running maximum before any key: finite, so that a head that drew nothing gives zeros
@@ -72,6 +74,7 @@ struct Op {
   void update(int64_t b, int64_t to);
   void add_keys(int64_t b, int64_t from, int64_t to);
   void merge_due(int64_t b, bool bulk);
+  void hash_query(int64_t i, const struct Hashed& hashed) const;
   bool decode();
 };
 
@@ -190,6 +193,10 @@ struct Hashed {
   float* query;     // [pairs * group, dim], scaled
   uint64_t* bits;   // [pairs * group, row_words]
   uint16_t* codes;  // [pairs * group, tables]
+  // Sketches:
+  uint8_t* table;                 // [pairs * group, planes * 2, 16]
+  float *step, *offset, *bias;    // [pairs * group]; with the sharpness; bias: that of the first mean
+  float* means;                   // [pairs * group, kMeans] what another mean adds to bias
 };
 
 void cut_codes(const IndexConfig& index, const uint64_t* bits, uint16_t* codes) {
@@ -228,7 +235,7 @@ void sample(Op& op, const Hashed& hashed, int64_t i, int64_t begin, int64_t end,
       std::fill_n(drawn + to, kPad, uint8_t(0));
       kernels.gather(op.call.cache,
                      {hashed.query + (i * group + head) * dim, heads, dim, view.ring(op.call.past_key, b, h), view.ring(op.call.past_value, b, h),
-                      id + from, drawn + from, to - from, mean, op.tables.log_inclusion[op.tables.of_head[h]].data(), config.softcap},
+                      id + from, drawn + from, to - from, mean, op.tables.log_inclusion[op.tables.of_head[h]].data(), config.softcap, nullptr},
                      {state.max + head, state.sum + head, state.acc + head * dim});
       std::memcpy(drawn + to, kept, kPad);
       from = to;
@@ -263,6 +270,101 @@ void sample(Op& op, const Hashed& hashed, int64_t i, int64_t begin, int64_t end,
     // A pass for several heads reads a row once, and computes all of them for each. It pays when most rows were drawn by many.
     const int64_t step = apart > kShared * together ? heads : 1;
     for (int64_t g = 0; g < heads; g += step) attend(collect(mask + g * groups, step, groups, first, id, drawn), head + g, step);
+  }
+}
+
+// Estimates scores of the query heads of pair i with the positions [begin, end), draws, and attends to what was drawn.
+void sample_sketches(Op& op, const Hashed& hashed, int64_t i, int64_t begin, int64_t end, const SoftmaxState& state) {
+  const auto& [config, view, kernels] = std::tie(op.config, op.view, op.kernels);
+  const int64_t b = i / config.kv_heads, h = i % config.kv_heads, group = view.group, dim = view.dim, planes = config.index.planes;
+  const Index& index = op.index[b];
+  const float floor = std::log(config.fraction * kLeastShare);
+  const int64_t room = end - begin + 2 * kGroup + kPad;
+  Carver carve(task_scratch.get(kQuad * room * 8 + kQuad * (kChunk + 2 * kGroup) * 4 + 1024));
+  int32_t* id = carve.take<int32_t>(kQuad * room);
+  float* log_p = carve.take<float>(kQuad * room);
+  float* scores = carve.take<float>(kQuad * (kChunk + 2 * kGroup));
+  for (int64_t head = 0; head < group; head += kQuad) {
+    const int64_t heads = std::min(kQuad, group - head), row = i * group + head;
+    int64_t count[kQuad] = {};
+    {
+      const Timed timed(kRetrieve);
+      for (int64_t from = begin; from < end;) {
+        int64_t until;
+        const int64_t mean = index.mean_of(from, &until), to = std::min({end, until, (from / kChunk + 1) * kChunk});
+        const int64_t first = from / kGroup, groups = (to - 1) / kGroup - first + 1;
+        float bias[kQuad];
+        for (int64_t g = 0; g < heads; ++g) bias[g] = hashed.bias[row + g] + hashed.means[(row + g) * kMeans + mean];
+        kernels.score({index.sketches(h) + first * sketch_block(planes), planes, groups, heads, hashed.table + row * planes * 32,
+                       hashed.step + row, hashed.offset + row, bias, scores});
+        for (int64_t g = 0; g < heads; ++g)
+          count[g] += kernels.draw({scores + g * groups * kGroup, first, groups, from, to,
+                                    draw_seed(op.call.length[b], h * group + head + g), log_thresholds().data(), floor,
+                                    id + g * room + count[g], log_p + g * room + count[g]});
+        from = to;
+      }
+    }
+    const Timed timed(kAttend);
+    for (int64_t g = 0; g < heads; ++g) {
+      if (count[g] == 0) continue;
+      int32_t* ids = id + g * room;
+      std::fill_n(ids + count[g], kPad, ids[count[g] - 1]);
+      std::fill_n(log_p + g * room + count[g], kPad, INFINITY);
+      const int64_t at = head + g;
+      kernels.gather(op.call.cache,
+                     {hashed.query + (i * group + at) * dim, 1, dim, view.ring(op.call.past_key, b, h), view.ring(op.call.past_value, b, h), ids,
+                      nullptr, count[g], nullptr, nullptr, config.softcap, log_p + g * room},
+                     {state.max + at, state.sum + at, state.acc + at * dim});
+    }
+  }
+}
+
+// Hashes the query heads of pair i; of sketches: fills their tables, and finds how many they would draw.
+void Op::hash_query(int64_t i, const Hashed& hashed) const {
+  const Timed timed(kHash);
+  const int64_t b = i / config.kv_heads, h = i % config.kv_heads, group = view.group, dim = call.head_dim, words = config.index.row_words();
+  float* query = hashed.query + i * group * dim;
+  if (config.index.kind != IndexKind::sketch) {
+    view.load_query(b, 0, h, 1.f, query);  // as it is: a factor would change how it rounds
+    tables.hash(kernels, query, group, hashed.bits + i * group * words, task_scratch.get(tables.scratch()));
+    for (int64_t r = i * group; r < (i + 1) * group; ++r) cut_codes(config.index, hashed.bits + r * words, hashed.codes + r * config.index.tables);
+    return;
+  }
+  const Index& row = index[b];
+  const int64_t planes = config.index.planes, block = sketch_block(planes), means = row.header().means;
+  view.load_query(b, 0, h, view.scale, query);
+  for (int64_t r = i * group; r < (i + 1) * group; ++r)
+    for (int64_t m = 0; m < means; ++m) {
+      double product = 0.;
+      for (int64_t d = 0; d < dim; ++d) product += double(hashed.query[r * dim + d]) * double(row.mean(m, h)[d]);
+      hashed.means[r * kMeans + m] = kSharpness * float(product);
+    }
+  Carver carve(task_scratch.get(tables.scratch() + kQuad * (kOffsetGroups + 1) * kGroup * 4 + 512));
+  float* scratch = carve.take<float>(rotate_scratch(dim));
+  float* scores = carve.take<float>(kQuad * kOffsetGroups * kGroup);
+  float* few = carve.take<float>(kQuad * kGroup);
+  kernels.rotate({query, group, dim, tables.signs.data(), scratch});
+  // Groups that lie wholly in the index; there are some, as nothing is indexed before kFirstKeys are.
+  const int64_t first = (config.sink + kGroup - 1) / kGroup, all = row.indexed() / kGroup - first, some = std::min(all, kOffsetGroups);
+  const double fraction = double(config.fraction), least = fraction * double(kLeastShare);
+  for (int64_t from = i * group; from < (i + 1) * group; from += kQuad) {
+    const int64_t heads = std::min(kQuad, (i + 1) * group - from);
+    uint8_t* table = hashed.table + from * planes * 32;
+    for (int64_t r = from; r < from + heads; ++r) {
+      const SketchQuery q = sketch_query(hashed.query + r * dim, dim, hashed.table + r * planes * 32);
+      hashed.step[r] = kSharpness * q.step, hashed.offset[r] = kSharpness * q.offset, hashed.bias[r] = 0.f;
+    }
+    for (int64_t n = 0; n < some; ++n) {
+      const int64_t at = first + n * all / some;
+      int64_t until;
+      const int64_t mean = row.mean_of(at * kGroup, &until);
+      float bias[kQuad];
+      for (int64_t g = 0; g < heads; ++g) bias[g] = hashed.means[(from + g) * kMeans + mean];
+      kernels.score({row.sketches(h) + at * block, planes, 1, heads, table, hashed.step + from, hashed.offset + from, bias, few});
+      for (int64_t g = 0; g < heads; ++g) std::copy_n(few + g * kGroup, kGroup, scores + (g * some + n) * kGroup);
+    }
+    for (int64_t g = 0; g < heads && some > 0; ++g)
+      hashed.bias[from + g] = sketch_offset(scores + g * some * kGroup, some * kGroup, fraction * double(some * kGroup), least);
   }
 }
 
@@ -307,24 +409,25 @@ bool Op::decode() {
   first_task.push_back(int64_t(task.size()));
 
   const int64_t rows = pairs() * group, states = int64_t(task.size()) * group;
-  Carver carve(call_scratch.get((states * (dim + 2) + rows * dim) * 4 + rows * (words * 8 + config.index.tables * 2) + 512));
+  const int64_t planes = config.index.planes;
+  Carver carve(call_scratch.get((states * (dim + 2) + rows * (dim + 3 + kMeans)) * 4 + rows * (words * 8 + config.index.tables * 2 + planes * 32) + 1024));
   const SoftmaxState all{carve.take<float>(states), carve.take<float>(states), carve.take<float>(states * dim)};
   Hashed hashed;
   hashed.query = carve.take<float>(rows * dim);
   hashed.bits = carve.take<uint64_t>(rows * words);
   hashed.codes = carve.take<uint16_t>(rows * config.index.tables);
+  hashed.table = carve.take<uint8_t>(rows * planes * 32);
+  hashed.step = carve.take<float>(rows);
+  hashed.offset = carve.take<float>(rows);
+  hashed.bias = carve.take<float>(rows);
+  hashed.means = carve.take<float>(rows * kMeans);
   std::unique_ptr<std::atomic<int64_t>[]> left(new std::atomic<int64_t>[size_t(pairs())]);
   for (int64_t i = 0; i < pairs(); ++i) left[i].store(first_task[i + 1] - first_task[i], std::memory_order_relaxed);
 
   parallel(pairs(), [&](int64_t i) {
     const int64_t b = i / config.kv_heads, h = i % config.kv_heads;
     float* query = hashed.query + i * group * dim;
-    if (any) {  // the query as it is: a factor would change how it rounds
-      const Timed timed(kHash);
-      view.load_query(b, 0, h, 1.f, query);
-      tables.hash(kernels, query, group, hashed.bits + i * group * words, task_scratch.get(tables.scratch()));
-      for (int64_t r = i * group; r < (i + 1) * group; ++r) cut_codes(config.index, hashed.bits + r * words, hashed.codes + r * config.index.tables);
-    }
+    if (any) hash_query(i, hashed);
     view.load_query(b, 0, h, view.score_scale(h), query);
   });
   parallel(int64_t(task.size()), [&](int64_t t) {
@@ -334,7 +437,9 @@ bool Op::decode() {
     std::fill_n(state.max, group, kNothing);
     std::fill_n(state.sum, group, 0.f);
     std::fill_n(state.acc, group * dim, 0.f);
-    if (sampled) {
+    if (sampled && config.index.kind == IndexKind::sketch) {
+      sample_sketches(*this, hashed, i, begin, end, state);
+    } else if (sampled) {
       sample(*this, hashed, i, begin, end, state);
     } else {
       const Timed timed(kAttend);

@@ -20,7 +20,8 @@ struct LshConfig {
   float scale = 0.f;
   float softcap = 0.f;
   int64_t dense_below = -1;  // tokens under which a step is exact; -1: where sampling begins to win
-  float min_inclusion = 0.f;  // probabilities below weigh as this: less variance for some bias
+  float min_inclusion = 0.f;  // probabilities below weigh as this: less variance for some bias; tables, signature
+  float fraction = 0.f;       // sketch: share of the indexed tokens that a query draws, about
   IndexConfig index;
   std::vector<int64_t> max_hamming;  // of each KV head, for signatures
 
@@ -31,14 +32,15 @@ struct LshConfig {
 struct LshTables {
   LshTables(const LshConfig& config, const float* projection, int64_t dim);
 
-  // Bits of the rows x [rows, dim], [rows, row_words]. scratch: hash_scratch(depth, panels) bytes.
+  // Bits of the rows x [rows, dim], [rows, row_words]; of sketches: codes and factor. scratch: so many bytes as `scratch()` says.
   void hash(const Kernels& kernels, const float* x, int64_t rows, uint64_t* bits, void* scratch) const;
-  int64_t scratch() const { return hash_scratch(depth, panels); }
+  int64_t scratch() const { return signs.empty() ? hash_scratch(depth, panels) : rotate_scratch(dim) * 4; }
 
   int64_t dim, depth, panels;
   std::vector<uint16_t> panel;                    // bf16, as HashTask wants it
   std::vector<std::vector<float>> log_inclusion;  // one of each threshold in use
   std::vector<int64_t> of_head;                   // which of them a KV head uses
+  std::vector<float> signs;                       // sketch: [dim, kRounds]
 };
 
 // A fingerprint of the projection, so that an index is not used with another one.

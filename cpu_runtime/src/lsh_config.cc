@@ -37,12 +37,20 @@ std::string LshConfig::check() const {
     for (int64_t most : max_hamming)
       if (wrong.empty()) wrong = range("max_hamming", most, 0, bits);
   }
+  if (index.kind == IndexKind::sketch && wrong.empty()) {
+    if (!(fraction > 0.f && fraction <= 0.5f)) return "fraction is " + std::to_string(fraction) + "; allowed are above 0, up to 0.5";
+    if (min_inclusion > 0.f) return "min_inclusion is " + std::to_string(min_inclusion) + "; sketches know what they draw: leave it 0";
+  }
   return wrong;
 }
 
 LshTables::LshTables(const LshConfig& config, const float* projection, int64_t dim_)
     : dim(dim_), depth(round_up(dim_, 32)), panels(2 * config.index.row_words()), of_head(size_t(config.kv_heads), 0) {
   if (config.index.kind == IndexKind::exact) return;
+  if (config.index.kind == IndexKind::sketch) {
+    signs.assign(projection, projection + dim * kRounds);
+    return;
+  }
   const int64_t columns = config.index.columns();
   panel.assign(size_t(panels * depth * kColumns), 0);
   for (int64_t c = 0; c < columns; ++c)
@@ -61,7 +69,9 @@ LshTables::LshTables(const LshConfig& config, const float* projection, int64_t d
 }
 
 void LshTables::hash(const Kernels& kernels, const float* x, int64_t rows, uint64_t* bits, void* scratch) const {
-  kernels.hash({x, rows, dim, depth, panel.data(), panels, bits, scratch});
+  if (signs.empty()) return kernels.hash({x, rows, dim, depth, panel.data(), panels, bits, scratch});
+  const int64_t words = (sketch_planes(dim) + 2 + 7) / 8;
+  kernels.encode({{const_cast<float*>(x), rows, dim, signs.data(), static_cast<float*>(scratch)}, reinterpret_cast<uint8_t*>(bits), words * 8});
 }
 
 uint64_t fingerprint(const float* projection, int64_t count) {

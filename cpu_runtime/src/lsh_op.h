@@ -32,8 +32,11 @@ class LshKernel : NodeKernel {
       config_.index.kind = attnspan::IndexKind::signature;
       config_.index.signature_bits = info.GetAttribute<int64_t>("signature_bits");
       config_.max_hamming = info.GetAttributes<int64_t>("max_hamming");
+    } else if (kind == "sketch") {
+      config_.index.kind = attnspan::IndexKind::sketch;
+      config_.fraction = optional(info, "fraction", 0.02f);
     } else if (kind != "exact") {
-      fail("index is '" + kind + "'; allowed are tables, signature and exact");
+      fail("index is '" + kind + "'; allowed are sketch, signature, tables and exact");
     }
     const std::string wrong = config_.check();
     if (!wrong.empty()) fail(wrong);
@@ -49,6 +52,11 @@ class LshKernel : NodeKernel {
       fail("projection has shape " + text(shape) + "; it must be [head_dim, " + std::to_string(config_.index.columns()) + "]");
     dim_ = shape[0];
     const float* data = projection.GetTensorData<float>();
+    if (kind == "sketch") {
+      for (int64_t i = 0; i < shape[0] * shape[1]; ++i)
+        if (data[i] != 1.f && data[i] != -1.f) fail("projection holds " + std::to_string(data[i]) + "; of index sketch it is signs, 1 and -1");
+      config_.index.planes = attnspan::sketch_planes(dim_);
+    }
     config_.index.projection = attnspan::fingerprint(data, shape[0] * shape[1]);
     tables_ = std::make_unique<attnspan::LshTables>(config_, data, dim_);
   }

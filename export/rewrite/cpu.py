@@ -19,7 +19,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 from attnspan.export.graph import Recorder, value
 from attnspan.export.ops import DOMAIN, VERSION
 from attnspan.export.rewrite.heads import join, pick
-from attnspan.planner.lsh import projection
+from attnspan.planner.lsh import projection_of
 from attnspan.planner.parts import Part, identity, layer_parts
 from attnspan.planner.plan import Plan
 from attnspan.planner.shape import ModelShape
@@ -137,14 +137,16 @@ class _Rewriter(Recorder):
         return output
 
     def projection(self, part: Part, dim: int) -> ir.Value | None:
-        """The random projection of a part, one initializer for all that have the same; None without one."""
+        """The random projection or signs of a part, one initializer for all that have the same; None without one."""
         lsh = part.lsh
         assert lsh is not None
         if lsh.index == "exact":
             return None
-        name = f"lsh.projection.{dim}x{lsh.columns}.seed{lsh.seed}"
+        # Tables may have as many columns as a sketch has rounds of signs.
+        kind = "signs" if lsh.index == "sketch" else "projection"
+        name = f"lsh.{kind}.{dim}x{lsh.columns}.seed{lsh.seed}"
         known = self.initializers.get(name)
-        return known or self.initializer(name, ir.tensor(projection(dim, lsh.columns, lsh.seed), name=name))
+        return known or self.initializer(name, ir.tensor(projection_of(lsh, dim), name=name))
 
 
 def _lsh_attributes(part: Part) -> dict[str, Any]:
@@ -155,4 +157,5 @@ def _lsh_attributes(part: Part) -> dict[str, Any]:
         own = {"bits": lsh.bits, "tables": lsh.tables, "min_collisions": lsh.min_collisions}
     elif lsh.index == "signature":
         own = {"signature_bits": lsh.signature_bits, "max_hamming": list(part.max_hamming or ())}
-    return {"index": lsh.index, "window": lsh.window, "min_inclusion": lsh.min_inclusion, "layer": part.layer} | own
+    own |= {"fraction": lsh.fraction} if lsh.index == "sketch" else {"min_inclusion": lsh.min_inclusion}
+    return {"index": lsh.index, "window": lsh.window, "layer": part.layer} | own

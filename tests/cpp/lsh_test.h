@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "lsh.h"
+#include "sketch_query.h"
 
 namespace {
 
@@ -24,8 +25,14 @@ struct LshRun {
 
   LshRun(const LshConfig& c, int64_t d, int64_t cap, const Kernels& k)
       : config(c), dim(d), capacity(cap), group(c.heads / c.kv_heads), projection(normal(d * std::max<int64_t>(c.index.columns(), 1))),
-        key(size_t(c.kv_heads * cap * d)), value(key.size()), state(size_t(state_bytes(c, d, cap) / 8)), tables(c, projection.data(), d),
-        kernels(k) {}
+        key(size_t(c.kv_heads * cap * d)), value(key.size()), state(size_t(state_bytes(c, d, cap) / 8)),
+        tables(c, signs_of(c, projection).data(), d), kernels(k) {}
+
+  static std::vector<float>& signs_of(const LshConfig& c, std::vector<float>& projection) {
+    if (c.index.kind == IndexKind::sketch)
+      for (float& v : projection) v = v > 0.f ? 1.f : -1.f;
+    return projection;
+  }
 
   // Output and lse of a call whose queries are `query`, [tokens, heads, dim]; "" or what was wrong.
   std::string call(const std::vector<float>& query, std::vector<float>& output, std::vector<float>& lse) {
@@ -59,6 +66,48 @@ double inclusion(const LshConfig& config, int64_t head, double cosine) {
     for (int64_t k = config.index.min_collisions; k <= n; ++k) u += choose(n, k) * std::pow(p, double(k)) * std::pow(1 - p, double(n - k));
   }
   return std::min(1.0, u);
+}
+
+// log p of every position of [from, to) that a query draws, by sketches: +1 where it is not drawn. `own`: codes and factors of the keys.
+std::vector<double> sketch_draws(const LshRun& run, const Index& index, int64_t head, std::vector<float> q, const std::vector<uint64_t>& own,
+                                 int64_t from, int64_t to) {
+  const LshConfig& config = run.config;
+  const int64_t h = head / run.group, planes = config.index.planes, words = config.index.row_words();
+  for (float& v : q) v *= 1.f / std::sqrt(float(run.dim));
+  std::vector<float> mean_scores, scratch(size_t(rotate_scratch(run.dim)));
+  for (int64_t m = 0; m < kMeans; ++m) {
+    double sum = 0;
+    for (int64_t d = 0; d < run.dim; ++d) sum += double(q[size_t(d)]) * double(index.mean(m, h)[d]);
+    mean_scores.push_back(float(sum));
+  }
+  run.kernels.rotate({q.data(), 1, run.dim, run.tables.signs.data(), scratch.data()});
+  std::vector<uint8_t> table(size_t(planes * 32));
+  const SketchQuery query = sketch_query(q.data(), run.dim, table.data());
+  std::vector<float> estimate, of_mean;
+  for (int64_t p = from; p < to; ++p) {
+    const auto* row = reinterpret_cast<const uint8_t*>(&own[size_t((p - from) * words)]);
+    int64_t sum = 0, end;
+    for (int64_t n = 0; n < planes * 2; ++n) sum += table[size_t(n * 16 + (n % 2 ? row[n / 2] >> 4 : row[n / 2] & 15))];
+    bf16 factor;
+    std::memcpy(&factor, row + planes, 2);
+    estimate.push_back(to_float(factor) * (query.step * float(sum) + query.offset));
+    of_mean.push_back(mean_scores[size_t(index.mean_of(p, &end))]);
+  }
+  std::vector<float> wanted;
+  const int64_t first = (from + 63) / 64, all = to / 64 - first, some = std::min(all, kOffsetGroups);
+  for (int64_t g = 0; g < some; ++g)
+    for (int64_t i = 0, at = (first + g * all / some) * 64 - from; i < 64; ++i)
+      wanted.push_back(kSharpness * (estimate[size_t(at + i)] + of_mean[size_t(at)]));
+  const double least = double(config.fraction) * double(kLeastShare);
+  const float c = sketch_offset(wanted.data(), int64_t(wanted.size()), double(config.fraction) * double(wanted.size()), least);
+  std::vector<double> out;
+  for (int64_t p = from; p < to; ++p) {
+    const size_t i = size_t(p - from);
+    const double log_p = std::min(0.0, std::max(std::log(least), double(kSharpness * (estimate[i] + of_mean[i]) + c)));
+    const int64_t start = threshold_start(draw_seed(run.length - 1, head), p / 64);
+    out.push_back(log_p > double(log_thresholds()[size_t(start + p % 64)]) ? log_p : 1.0);
+  }
+  return out;
 }
 
 // Checks one decode step against a loop over positions. The state tells which positions are indexed and their means.
@@ -102,6 +151,8 @@ void lsh_step(LshRun& run) {
     }
     const float* q = &query[size_t(head * run.dim)];
     const auto query_bits = bits(std::vector<float>(q, q + run.dim));
+    std::vector<double> known;
+    if (config.index.kind == IndexKind::sketch && to > from) known = sketch_draws(run, index, head, std::vector<float>(q, q + run.dim), key_bits, from, to);
     double top = -INFINITY, sum = 0;
     std::vector<double> scores, out(size_t(run.dim), 0.0);
     std::vector<int64_t> seen;
@@ -109,7 +160,10 @@ void lsh_step(LshRun& run) {
       const float* k = &run.key[size_t((h * run.capacity + p) * run.dim)];
       double dot = 0, log_u = 0;
       for (int64_t d = 0; d < run.dim; ++d) dot += double(q[d]) * double(k[d]);
-      if (p >= from && p < to) {
+      if (p >= from && p < to && !known.empty()) {
+        log_u = known[size_t(p - from)];
+        if (log_u > 0) continue;
+      } else if (p >= from && p < to) {
         const float* x = &centred[size_t((p - from) * run.dim)];
         const uint64_t* own = &key_bits[size_t((p - from) * words)];
         double product = 0, norm = 0, query_norm = 0;
@@ -190,6 +244,12 @@ LshConfig lsh_config(IndexKind kind, int64_t heads, int64_t kv_heads, int64_t si
 void lsh_tests(const Kernels& kernels) {
   LshConfig exact = lsh_config(IndexKind::exact, 4, 2, 4, 8);
   lsh_sequence(exact, 24, 512, kernels, {1, 5, 1, 300, 1, 1});
+  for (const int64_t dim : {16, 24, 80, 128}) {
+    LshConfig c = lsh_config(IndexKind::sketch, dim == 80 ? 7 : 4, dim == 80 ? 1 : 2, 4, 9);
+    c.fraction = 0.1f, c.index.planes = sketch_planes(dim);
+    lsh_sequence(c, dim, 2048, kernels, {1, 400, 1, 1, 130, 1, 1, 1, 700, 1, 1});
+    if (dim == 16) lsh_damage(c, kernels);
+  }
   for (const int64_t bits : {64, 128, 256}) {
     LshConfig c = lsh_config(IndexKind::signature, bits == 64 ? 7 : 4, bits == 64 ? 1 : 2, 4, 9);
     c.index.signature_bits = bits;

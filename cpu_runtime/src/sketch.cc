@@ -1,0 +1,74 @@
+#include "sketch_query.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace attnspan {
+namespace {
+
+constexpr float kLevel[4] = {-1.5104f, -0.4528f, 0.4528f, 1.5104f};
+constexpr float kTop = 63.f;  // four entries add up within a byte
+constexpr float kMost = 1e6f;
+constexpr int64_t kBins = 256;
+constexpr double kRange = 24.0;  // nats below the largest score that the histogram tells apart
+
+}  // namespace
+
+const std::vector<float>& log_thresholds() {
+  static const std::vector<float> table = [] {
+    std::vector<float> t;
+    for (int64_t i = 0; i < kThresholds + kGroup; ++i)
+      t.push_back(float(std::log((double(i * kThresholdStep % kThresholds) + 0.5) / double(kThresholds))));
+    return t;
+  }();
+  return table;
+}
+
+SketchQuery sketch_query(const float* q, int64_t dim, uint8_t* table) {
+  const int64_t pairs = (dim + 3) / 4 * 2;
+  const auto at = [&](int64_t d) { return d < dim ? q[d] : 0.f; };
+  float largest = 0.f;
+  double sum = 0.;
+  for (int64_t n = 0; n < pairs; ++n) {
+    const float most = kLevel[3] * (std::fabs(at(2 * n)) + std::fabs(at(2 * n + 1)));
+    largest = std::max(largest, most);
+    sum += double(most);
+  }
+  SketchQuery out;
+  out.step = largest > 0.f ? 2.f * largest / kTop : 1.f;
+  out.offset = -float(sum);
+  const float inverse = 1.f / out.step;
+  for (int64_t n = 0; n < pairs; ++n) {
+    const float even = at(2 * n), odd = at(2 * n + 1), most = kLevel[3] * (std::fabs(even) + std::fabs(odd));
+    for (int c = 0; c < 16; ++c) {
+      const float product = kLevel[c & 3] * even + kLevel[c >> 2] * odd;
+      const float entry = (product + most) * inverse + 0.5f;  // cut to whole numbers: what rounding finds, as none is below 0
+      table[n * 16 + c] = uint8_t(entry < kTop ? (entry > 0.f ? entry : 0.f) : kTop);
+    }
+  }
+  return out;
+}
+
+float sketch_offset(const float* y, int64_t count, double wanted, double floor) {
+  static const std::vector<double> weight = [] {
+    std::vector<double> w;
+    for (int64_t i = 0; i < kBins; ++i) w.push_back(std::exp(-(double(i) + 0.5) * (kRange / double(kBins))));
+    return w;
+  }();
+  // A damaged buffer may hold factors that are no numbers.
+  const auto sane = [](float v) { return v > -kMost ? std::min(v, kMost) : -kMost; };
+  float top = -kMost;
+  for (int64_t i = 0; i < count; ++i) top = std::max(top, sane(y[i]));
+  int32_t bin[kBins] = {};
+  for (int64_t i = 0; i < count; ++i) ++bin[int32_t(std::min((top - sane(y[i])) * float(double(kBins) / kRange), float(kBins - 1)))];
+  double low = -10., high = kRange + 10.;
+  for (int step = 0; step < 24; ++step) {
+    const double c = (low + high) / 2, factor = std::exp(c);
+    double drawn = 0.;
+    for (int64_t i = 0; i < kBins; ++i) drawn += double(bin[i]) * std::clamp(weight[size_t(i)] * factor, floor, 1.);
+    (drawn < wanted ? low : high) = c;
+  }
+  return float((low + high) / 2 - double(top));
+}
+
+}  // namespace attnspan
