@@ -1,7 +1,7 @@
 """What sampling does to a model's answers: exported artefacts, decoded token by token, against one that attends to everything.
 
     attnspan plan lsh --model MODEL --index exact -o exact.json
-    attnspan plan lsh --model MODEL --max-hamming 95 -o sampled.json       as many as wanted
+    attnspan plan lsh --model MODEL --fraction 0.02 -o sampled.json        as many as wanted
     attnspan export MODEL exact --plan exact.json                          and so on
     python benchmarks/lsh_quality.py exact sampled [...] [--lengths 2048,4096] [--n 10] [--words 64] [-o results.json]
 

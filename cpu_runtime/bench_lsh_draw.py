@@ -202,7 +202,9 @@ def _rotation(signs: Floats) -> Floats:
 def _offset(y: Floats, wanted: float, floor: float) -> float:
     """c such that the sum of min(1, max(floor, e^(y + c))) is about `wanted`, from a histogram of y."""
     top = float(y.max())
-    count = np.bincount(np.minimum((y.max() - y) * np.float32(_BINS / _RANGE), np.float32(_BINS - 1)).astype(int), minlength=_BINS)
+    y = y.astype(np.float32)
+    at = (y.max() - y) * np.float32(_BINS / _RANGE)
+    count = np.bincount(np.minimum(at, np.float32(_BINS - 1)).astype(int), minlength=_BINS)
     weight = np.exp(-(np.arange(_BINS) + 0.5) * (_RANGE / _BINS))
     low, high = -10.0, _RANGE + 10
     for _ in range(24):

@@ -1,7 +1,7 @@
 """NumPy oracle of index `sketch`: keys as two bits a dimension, keys drawn in proportion to the weight that these bits promise.
 
 A key is rotated, cut to one of four levels in every dimension, and remembers the factor that makes products with the levels right
-on average. A query estimates its score with every key from that alone, and draws a key with p = min(1, e^(sharpness * score + c)),
+on average. A query estimates its score with every key from that, and draws a key with p = min(1, e^(sharpness * score + c)),
 c being such that about the wanted share is drawn. A drawn key's score is raised by -log p: importance sampling, p being known.
 """
 

@@ -12,6 +12,16 @@ constexpr float kMost = 1e6f;
 constexpr int64_t kBins = 256;
 constexpr double kRange = 24.0;  // nats below the largest score that the histogram tells apart
 
+// e^-distance from the largest score, at the middle of a bin.
+double bin_weight(int64_t i) {
+  static const std::vector<double> table = [] {
+    std::vector<double> w;
+    for (int64_t k = 0; k < kBins; ++k) w.push_back(std::exp(-(double(k) + 0.5) * (kRange / double(kBins))));
+    return w;
+  }();
+  return table[size_t(i)];
+}
+
 }  // namespace
 
 const std::vector<float>& log_thresholds() {
@@ -50,22 +60,26 @@ SketchQuery sketch_query(const float* q, int64_t dim, uint8_t* table) {
 }
 
 float sketch_offset(const float* y, int64_t count, double wanted, double floor) {
-  static const std::vector<double> weight = [] {
-    std::vector<double> w;
-    for (int64_t i = 0; i < kBins; ++i) w.push_back(std::exp(-(double(i) + 0.5) * (kRange / double(kBins))));
-    return w;
-  }();
   // A damaged buffer may hold factors that are no numbers.
   const auto sane = [](float v) { return v > -kMost ? std::min(v, kMost) : -kMost; };
   float top = -kMost;
   for (int64_t i = 0; i < count; ++i) top = std::max(top, sane(y[i]));
   int32_t bin[kBins] = {};
   for (int64_t i = 0; i < count; ++i) ++bin[int32_t(std::min((top - sane(y[i])) * float(double(kBins) / kRange), float(kBins - 1)))];
+  // Bins in order of falling weight: the first are drawn for certain, the last with the least probability; sums of what lies before.
+  constexpr double width = kRange / double(kBins);
+  double keys[kBins + 1] = {}, weights[kBins + 1] = {};
+  for (int64_t i = 0; i < kBins; ++i) {
+    keys[i + 1] = keys[i] + double(bin[i]);
+    weights[i + 1] = weights[i] + double(bin[i]) * bin_weight(i);
+  }
+  const double log_floor = std::log(floor);
   double low = -10., high = kRange + 10.;
   for (int step = 0; step < 24; ++step) {
-    const double c = (low + high) / 2, factor = std::exp(c);
-    double drawn = 0.;
-    for (int64_t i = 0; i < kBins; ++i) drawn += double(bin[i]) * std::clamp(weight[size_t(i)] * factor, floor, 1.);
+    const double c = (low + high) / 2;
+    const auto at = [](double bin) { return int64_t(std::clamp(std::ceil(bin), 0., double(kBins))); };
+    const int64_t sure = at(c / width - 0.5), least = std::max(sure, at((c - log_floor) / width - 0.5));
+    const double drawn = keys[sure] + std::exp(c) * (weights[least] - weights[sure]) + floor * (keys[kBins] - keys[least]);
     (drawn < wanted ? low : high) = c;
   }
   return float((low + high) / 2 - double(top));
