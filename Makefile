@@ -1,6 +1,7 @@
 # make install   .venv with the package, its op library and everything the tests need
 # make demo      the main job on a real model: plan, export, verify, generate, compare
-# make test      everything, CPU only
+# make test      everything; kernels on the GPU where there is one, else in Triton's interpreter
+# make test-gpu  what needs a GPU, and the kernels' tests on it
 # make lint      ruff and mypy
 # make sanitize  the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo test lint sanitize clean
+.PHONY: install demo test test-gpu lint sanitize clean
 install: $(VENV)/.installed
 
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt cpu_runtime/CMakeLists.txt $(wildcard cmake/*.cmake cpu_runtime/src/*)
@@ -29,8 +30,13 @@ demo: install
 test: install
 	$(BIN)/pytest
 
+test-gpu: install
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	  { echo "error: PyTorch sees no NVIDIA GPU; run make test-gpu where it does, or make test, which interprets the kernels"; exit 2; }
+	$(BIN)/pytest -m gpu
+
 # mypy does not follow the import hooks of an editable install: show it the packages under their installed names.
-PACKAGES := planner runtime calibration export cpu_runtime
+PACKAGES := planner runtime calibration export cpu_runtime plugins
 lint: install
 	$(BIN)/ruff check .
 	@mkdir -p build/types/attnspan && touch build/types/attnspan/__init__.py

@@ -1,0 +1,1 @@
+"""Plugins that carry attnspan's ops to other runtimes."""
