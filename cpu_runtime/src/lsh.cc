@@ -355,7 +355,8 @@ void Op::hash_query(int64_t i, const Hashed& hashed) const {
       hashed.step[r] = kSharpness * q.step, hashed.offset[r] = kSharpness * q.offset, hashed.bias[r] = 0.f;
     }
     for (int64_t n = 0; n < some; ++n) {
-      const int64_t at = first + n * all / some;
+      const int64_t at = first + n * all / some, next = first + std::min(n + 1, some - 1) * all / some;
+      for (int64_t line = 0; line < block; line += 64) __builtin_prefetch(row.sketches(h) + next * block + line, 0, 2);
       int64_t until;
       const int64_t mean = row.mean_of(at * kGroup, &until);
       float bias[kQuad];

@@ -7,6 +7,12 @@ namespace attnspan {
 namespace {
 
 constexpr float kLevel[4] = {-1.5104f, -0.4528f, 0.4528f, 1.5104f};
+constexpr struct Levels {  // of a pair of dimensions, by its code
+  float even[16], odd[16];
+  constexpr Levels() : even(), odd() {
+    for (int c = 0; c < 16; ++c) even[c] = kLevel[c & 3], odd[c] = kLevel[c >> 2];
+  }
+} kLevels;
 constexpr float kTop = 63.f;  // four entries add up within a byte
 constexpr float kMost = 1e6f;
 constexpr int64_t kBins = 256;
@@ -50,11 +56,12 @@ SketchQuery sketch_query(const float* q, int64_t dim, uint8_t* table) {
   const float inverse = 1.f / out.step;
   for (int64_t n = 0; n < pairs; ++n) {
     const float even = at(2 * n), odd = at(2 * n + 1), most = kLevel[3] * (std::fabs(even) + std::fabs(odd));
-    for (int c = 0; c < 16; ++c) {
-      const float product = kLevel[c & 3] * even + kLevel[c >> 2] * odd;
-      const float entry = (product + most) * inverse + 0.5f;  // cut to whole numbers: what rounding finds, as none is below 0
-      table[n * 16 + c] = uint8_t(entry < kTop ? (entry > 0.f ? entry : 0.f) : kTop);
+    int32_t entry[16];
+    for (int c = 0; c < 16; ++c) {  // cut to whole numbers after adding a half: none is below 0
+      const float value = (kLevels.even[c] * even + kLevels.odd[c] * odd + most) * inverse + 0.5f;
+      entry[c] = int32_t(value < kTop ? value : kTop);
     }
+    for (int c = 0; c < 16; ++c) table[n * 16 + c] = uint8_t(entry[c]);
   }
   return out;
 }
@@ -64,8 +71,11 @@ float sketch_offset(const float* y, int64_t count, double wanted, double floor) 
   const auto sane = [](float v) { return v > -kMost ? std::min(v, kMost) : -kMost; };
   float top = -kMost;
   for (int64_t i = 0; i < count; ++i) top = std::max(top, sane(y[i]));
-  int32_t bin[kBins] = {};
-  for (int64_t i = 0; i < count; ++i) ++bin[int32_t(std::min((top - sane(y[i])) * float(double(kBins) / kRange), float(kBins - 1)))];
+  int32_t bin[kBins] = {}, of[kGroup];
+  for (int64_t first = 0; first < count; first += kGroup) {  // whole groups: two plain loops, of which the first becomes vectors
+    for (int64_t i = 0; i < kGroup; ++i) of[i] = int32_t(std::min((top - sane(y[first + i])) * float(double(kBins) / kRange), float(kBins - 1)));
+    for (int64_t i = 0; i < kGroup; ++i) ++bin[of[i]];
+  }
   // Bins in order of falling weight: the first are drawn for certain, the last with the least probability; sums of what lies before.
   constexpr double width = kRange / double(kBins);
   double keys[kBins + 1] = {}, weights[kBins + 1] = {};

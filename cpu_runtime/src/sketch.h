@@ -89,14 +89,17 @@ void encode_any(const attnspan::EncodeTask& task) {
   }
 }
 
-// Sums of table entries of B groups of 64 tokens for G heads. A block holds `planes` rows of 64 bytes, each byte the codes of four dimensions.
+constexpr int64_t kAhead = 4;  // blocks that are asked for before they are needed
+
+// Sums of table entries of B groups of 64 tokens for G heads, asking for what lies `ahead` bytes ahead. A block holds `planes` rows of 64 bytes, each byte the codes of four dimensions.
 #if defined(__AVX512BW__)
 
 // Two blocks share each load of a table.
-constexpr int kBlocks = 2, kAhead = 4;
+constexpr int kBlocks = 2;
 
 template <int G, int B>
-ATTNSPAN_INLINE void sum_entries(const uint8_t* block, int64_t planes, const uint8_t* table, float (*sum)[G][64]) {
+ATTNSPAN_INLINE void sum_entries(const uint8_t* block, int64_t planes, const uint8_t* table, int64_t ahead,
+                                 float (*sum)[G][64]) {
   const __m512i low = _mm512_set1_epi8(15);
   const int64_t head = planes * 32, next = attnspan::sketch_block(planes);
   __m512i all[B][G], odd[B][G];  // 16-bit sums of both bytes, the odd one times 256, and of the odd ones alone
@@ -109,7 +112,7 @@ ATTNSPAN_INLINE void sum_entries(const uint8_t* block, int64_t planes, const uin
     for (int b = 0; b < B; ++b)
       for (int r = 0; r < R; ++r) {
         const uint8_t* row = block + b * next + (p + r) * 64;
-        __builtin_prefetch(row + kAhead * next);
+        __builtin_prefetch(row + ahead);
         const __m512i bytes = _mm512_loadu_si512(row);
         code[b][2 * r] = _mm512_and_si512(bytes, low);
         code[b][2 * r + 1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
@@ -155,7 +158,7 @@ ATTNSPAN_INLINE void sum_entries(const uint8_t* block, int64_t planes, const uin
 constexpr int kBlocks = 1;
 
 template <int G, int B>
-ATTNSPAN_INLINE void sum_entries(const uint8_t* block, int64_t planes, const uint8_t* table, float (*sum)[G][64]) {
+ATTNSPAN_INLINE void sum_entries(const uint8_t* block, int64_t planes, const uint8_t* table, int64_t, float (*sum)[G][64]) {
   static_assert(B == 1);
   const __m256i low = _mm256_set1_epi8(15), even = _mm256_set1_epi16(255);
   for (int side = 0; side < 2; ++side)
@@ -182,7 +185,7 @@ ATTNSPAN_INLINE void sum_entries(const uint8_t* block, int64_t planes, const uin
 constexpr int kBlocks = 1;
 
 template <int G, int B>
-ATTNSPAN_INLINE void sum_entries(const uint8_t* block, int64_t planes, const uint8_t* table, float (*sum)[G][64]) {
+ATTNSPAN_INLINE void sum_entries(const uint8_t* block, int64_t planes, const uint8_t* table, int64_t, float (*sum)[G][64]) {
   static_assert(B == 1);
   for (int g = 0; g < G; ++g)
     for (int i = 0; i < 64; ++i) {
@@ -201,7 +204,8 @@ template <int G, int B>
 ATTNSPAN_INLINE void score_blocks(const attnspan::SketchTask& task, int64_t first) {
   const uint8_t* block = task.blocks + first * attnspan::sketch_block(task.planes);
   alignas(64) float sum[B][G][64];
-  sum_entries<G, B>(block, task.planes, task.table, sum);
+  const int64_t ahead = first + B + kAhead <= task.groups ? kAhead * attnspan::sketch_block(task.planes) : 0;
+  sum_entries<G, B>(block, task.planes, task.table, ahead, sum);
   for (int b = 0; b < B; ++b) {
     const bf16* factor = reinterpret_cast<const bf16*>(block + b * attnspan::sketch_block(task.planes) + task.planes * 64);
     for (int t = 0; t < 64; t += W) {

@@ -22,7 +22,7 @@ struct SketchQuery {
 // Fills table [pairs of dimensions, 16] for a rotated, scaled query [dim]; entries up to 63.
 SketchQuery sketch_query(const float* query, int64_t dim, uint8_t* table);
 
-// c such that the sum of min(1, max(floor, e^(y + c))) over y is about `wanted`. y: any floats; what no key of good length gives is cut.
+// c such that the sum of min(1, max(floor, e^(y + c))) over y is about `wanted`. y: whole groups of any floats; what no key of good length gives is cut.
 float sketch_offset(const float* y, int64_t count, double wanted, double floor);
 
 // Logarithms of evenly spread thresholds, neighbours far apart; a group more than kThresholds, so that reading may start anywhere.

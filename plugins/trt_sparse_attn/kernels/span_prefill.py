@@ -32,7 +32,7 @@ from attnspan.plugins.trt_sparse_attn.kernels.common import (
 def config(head_dim: int, element_bytes: int, arch: int) -> Config:
     """Tile and pipeline: 128 rows of queries and 64 or 128 keys where shared memory and registers hold them.
 
-    Where registers go to the stack (the build's manifest tells), it was seen at edges and outside loops, not in loops without masks.
+    Registers that go to the stack (the build's manifest tells where) were seen at edges and outside loops, not in unmasked loops.
     """
     if arch == 0:
         return Config(32, 32, 1, 1)
