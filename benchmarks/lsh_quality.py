@@ -47,8 +47,8 @@ def answer(session: Session, item: Item) -> npt.NDArray[np.float64]:
     return log_softmax(np.stack([session.decode([int(token)])[0] for token in item.tokens[first - 1 : last]]))
 
 
-def items(session: Session, length: int, count: int, words: int) -> dict[str, list[Item]]:
-    """Passkeys at all depths in turn, and prose of which the last `words` tokens are asked for."""
+def items(session: Any, length: int, count: int, words: int) -> dict[str, list[Item]]:
+    """Passkeys at all depths in turn, by the tokenizer of a session, and prose of which the last `words` tokens are asked for."""
     coder = session.tokenizer
     source = TextSource.named(lambda text: coder.encode(text, special=False), EVALUATION)
     keys = [build_item(TASKS["passkey"], coder, source, length, DEPTHS[i % 5], 0, i // 5) for i in range(count)]

@@ -19,13 +19,13 @@ from attnspan.cpu_runtime.bench_lsh_contenders import SINK, Contender, Lsh
 from attnspan.cpu_runtime.bench_lsh_draw import (
     Draw,
     SignatureDraw,
-    SketchDraw,
     Study,
     TablesDraw,
     relative_error,
     study,
     thresholds,
 )
+from attnspan.cpu_runtime.bench_lsh_sketch import SketchDraw
 from attnspan.cpu_runtime.library import library_path
 from attnspan.planner import lsh as plans
 

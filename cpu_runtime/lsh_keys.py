@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from attnspan.planner.errors import UserError
 
-__all__ = ["QUERIES", "Capture", "LayerKeys", "captured", "clustered", "from_bf16", "random", "to_bf16"]
+__all__ = ["QUERIES", "Capture", "LayerKeys", "captured", "clustered", "from_bf16", "random", "rounded", "to_bf16"]
 
 Bits = npt.NDArray[np.uint16]
 Floats = npt.NDArray[np.float32]
@@ -74,6 +74,11 @@ def from_bf16(bits: Bits) -> Floats:
     wide = bits.astype(np.uint32)
     wide <<= 16
     return wide.view(np.float32)
+
+
+def rounded(x: Floats) -> Floats:
+    """x as bfloat16 holds it: what the op hashes."""
+    return from_bf16(to_bf16(x))
 
 
 def random(context: int, room: int, heads: int, kv_heads: int, head_dim: int, seed: int = 0) -> LayerKeys:

@@ -2,8 +2,12 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("attnspan", deadline=None)  # machines are shared
+hypothesis.settings.load_profile("attnspan")
 
 GPU = torch.cuda.is_available()
 KERNEL_TESTS = ("test_kernels_", "test_torch_ops")

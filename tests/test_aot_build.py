@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interrupts import heed
 
 from attnspan.planner.errors import UserError
 from attnspan.plugins.trt_sparse_attn.aot_folder import build
@@ -205,7 +206,8 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
 def test_interrupt_leaves_nothing(jobs: str, tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", BUILD, "--arch", "80", "--jobs", jobs, "-o", tmp_path / "kernels"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True) as process:
+    options = {"text": True, "env": env, "start_new_session": True, "preexec_fn": heed}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, **options) as process:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("attnspan-aot-*/*")) and time.monotonic() < deadline:  # the first kernel has been compiled
             time.sleep(0.05)

@@ -13,7 +13,8 @@ from matplotlib.image import imread
 from attnspan.cpu_runtime import bandwidth, bench_lsh_rounds
 from attnspan.cpu_runtime.bench_lsh_caches import Caches, Feed, copies_of, huge
 from attnspan.cpu_runtime.bench_lsh_contenders import Contender, Lsh, dense, sampled, torch_sdpa
-from attnspan.cpu_runtime.bench_lsh_draw import SketchDraw, relative_error, study
+from attnspan.cpu_runtime.bench_lsh_draw import relative_error, study
+from attnspan.cpu_runtime.bench_lsh_sketch import SketchDraw
 from attnspan.cpu_runtime.lsh_keys import LayerKeys, clustered, from_bf16, random
 from attnspan.export.cli import main
 from attnspan.planner.lsh import inclusion, projection_of, state_bytes

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import sketch_reference as sketch
 
-from attnspan.cpu_runtime.bench_lsh_draw import SignatureDraw, SketchDraw, TablesDraw, relative_error, study, thresholds
+from attnspan.cpu_runtime.bench_lsh_draw import SignatureDraw, TablesDraw, relative_error, study, thresholds
+from attnspan.cpu_runtime.bench_lsh_sketch import SketchDraw
 from attnspan.cpu_runtime.lsh_keys import Capture, LayerKeys, captured, clustered, from_bf16, random, to_bf16
 from attnspan.planner.lsh import inclusion, projection, signs
 from attnspan.planner.rules import LshParams

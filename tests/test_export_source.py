@@ -149,6 +149,24 @@ def test_gguf_of_another_architecture(tmp_path: Path) -> None:
         open_source(str(file))
 
 
+def test_gguf_without_an_embedding(tmp_path: Path) -> None:
+    file = tmp_path / "part.gguf"
+    writer = GGUFWriter(file, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tensor("output_norm.weight", np.ones(64, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=r"lacks token_embd\.weight; give the file of a whole MODEL"):
+        open_source(str(file))
+
+
 def test_broken_gguf(tmp_path: Path) -> None:
     for content in (b"", b"GGUF", b"no GGUF at all, just text" * 10):
         (tmp_path / "x.gguf").write_bytes(content)

@@ -15,6 +15,7 @@ import termios
 from pathlib import Path
 
 import pytest
+from interrupts import heed
 from tiny_models import export_tiny
 
 from attnspan.export.cli import main
@@ -115,7 +116,7 @@ def test_not_an_artefact(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
 
 def test_ctrl_c_ends_a_generation_with_130(artefact: str) -> None:
     arguments = ["run", artefact, "-p", "x", "--raw", "--max-new-tokens", "4000", "--temperature", "1", "--seed", "0", SLOW]
-    process = subprocess.Popen([*PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([*PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed)
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.read(1)  # generating

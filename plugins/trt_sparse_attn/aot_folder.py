@@ -113,9 +113,11 @@ def _results(table: Table, work: Sequence[tuple[int, int]], jobs: int) -> Genera
         return
     # spawn: a fork of a process whose libraries have started threads may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(work)) or 1, context, initializer=_ignore_interrupts) as pool:
+    with ProcessPoolExecutor(min(jobs, len(work)) or 1, context) as pool:
         try:
-            yield from pool.map(partial(_one, table), work)
+            with _interrupts_blocked():
+                results = pool.map(partial(_one, table), work)
+            yield from results
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -136,9 +138,14 @@ def _interrupts_wait() -> Iterator[None]:
         signal.raise_signal(caught[0])
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches the whole process group: the parent stops its workers, without a traceback from each."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C, which reaches the whole group: their parent, which sees it later, stops them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _one(table: Table, item: tuple[int, int]) -> Binary:
