@@ -1,12 +1,13 @@
 # make install   .venv with the package, its op library and everything the tests need
 # make demo      the main job on a real model: plan, export, verify, generate, compare
-# make test      everything; kernels on the GPU where there is one, else in Triton's interpreter
+# make test      everything, in two processes (WORKERS=N); kernels on the GPU where there is one, else in Triton's interpreter
 # make test-gpu  what needs a GPU, and the kernels' tests on it
 # make lint      ruff and mypy
 # make sanitize  the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 # Two thread pools that spin on the same cores collapse; see docs/results.md.
 export OMP_WAIT_POLICY := passive
 export HF_HUB_OFFLINE := 1
@@ -28,7 +29,7 @@ demo: install
 	$(BIN)/python samples/demo.py demo
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 test-gpu: install
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \

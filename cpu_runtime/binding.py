@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from attnspan.runtime.artefact import Artefact
 from attnspan.runtime.memory import zeros
+from attnspan.runtime.snapshot import Views
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -26,9 +27,9 @@ _FLOAT32, _UINT8, _INT32, _INT64 = 1, 2, 6, 7
 
 
 class Caches:
-    """Key and value caches, [batch, slots, head_dim], and states, [batch, bytes], of all attention ops, allocated once.
+    """Key and value caches, [batch, *part.cache_shape], and states, [batch, bytes], of all attention ops, allocated once.
 
-    The same memory is bound as past and as present: the op library updates it in place. The function bodies
+    The same memory is bound as past and as present: the op library and TensorScatter update it in place. The function bodies
     may write a present before they read the past, so without the library presents get arrays of their own,
     copied back by `settle`. Memory is zero and is taken from the system as it is first written.
     """
@@ -41,7 +42,7 @@ class Caches:
         for part in artefact.parts:
             for kind in ("key", "value"):
                 self.names.append(f"{kind}.{part.name}")
-                self.past.append(zeros((batch, part.slots, artefact.head_dim), dtype))
+                self.past.append(zeros((batch, *part.cache_shape(artefact.head_dim)), dtype))
                 self._capacity.append(part.capacity)
             if part.lsh is not None:
                 self.names.append(f"state.{part.name}")
@@ -70,12 +71,20 @@ class Caches:
         for name, array, capacities in zip(self.names, self.past, self._capacity, strict=True):
             if not capacities and length:
                 found.append((name, array[row]))
-            first = 0
+            first, slots = 0, array[row].reshape(-1, array.shape[-1])
             for capacity in capacities:
                 # A ring is filled from its first slot on, so that what is in use is at its beginning.
-                found.append((name, array[row, first : first + min(length, capacity)]))
+                found.append((name, slots[first : first + min(length, capacity)]))
                 first += capacity
         return found
+
+    def store(self, row: int, length: int, views: Views) -> None:
+        """Nothing to do: the views of a row are its memory."""
+
+    def copy(self, row: int, to: int, length: int) -> None:
+        """Copy what a row of `length` tokens has in use to another row."""
+        for (_, source), (_, target) in zip(self.views(row, length), self.views(to, length), strict=True):
+            np.copyto(target, source)
 
 
 class StepBuffers:

@@ -32,6 +32,9 @@ def parser() -> argparse.ArgumentParser:
     from attnspan.cpu_runtime import commands as cpu_runtime
     from attnspan.export import commands as export
     from attnspan.planner import commands as planner
+    from attnspan.plugins.trt_sparse_attn import commands as trt
+    from attnspan.plugins.trt_sparse_attn.runner import RUNNER
+    from attnspan.runtime import run_command
 
     top = Parser(prog="attnspan", description="Language models with attention cut to what each head needs.", allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"attnspan {importlib.metadata.version('attnspan')}")
@@ -39,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
     kinds = planner.register(verbs, _read_model)
     calibration.register(verbs, kinds)
     export.register(verbs)
+    trt.register(verbs)
+    run_command.register(verbs, [cpu_runtime.RUNNER, RUNNER])
     cpu_runtime.register(verbs)
     return top
 

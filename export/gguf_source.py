@@ -87,6 +87,8 @@ def _config(reader: Any, architecture: str, file: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{file} lacks {architecture}.{missing[0]}; download MODEL again")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{file} lacks token_embd.weight; give the file of a whole MODEL")
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     config["vocab_size"] = int(tensors["token_embd.weight"].shape[1])

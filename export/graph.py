@@ -8,6 +8,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+WINDOW = "attnspan.window"
+"""Metadata of an attention of the normal form: tokens that the model itself lets it see, where that is not all."""
+
 Input: TypeAlias = "ir.Value | np.ndarray | Sequence[int] | None"
 
 

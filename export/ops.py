@@ -1,12 +1,15 @@
-"""The ops of domain `attnspan`: one table of schemas that the exporter, the kernels and the documentation follow."""
+"""The ops of domain `attnspan` as ONNX schemas. Those that a GPU plugin implements, too, come from the plugins' table."""
 
 from __future__ import annotations
 
 from onnx.defs import OpSchema, has, register_schema
 from onnx.helper import make_attribute
 
-DOMAIN = "attnspan"
-VERSION = 1
+from attnspan.plugins.trt_sparse_attn import schema as table
+from attnspan.plugins.trt_sparse_attn.schema import ONNX_TYPES, Attribute, Op, Port, shape_text
+
+DOMAIN = table.NAMESPACE
+VERSION = int(table.VERSION)
 
 # The newest versions that every ONNX Runtime from 1.25 on accepts, and the oldest that have Attention-24.
 OPSET = 24
@@ -15,58 +18,50 @@ IR_VERSION = 12
 _In = OpSchema.FormalParameter
 _Option = OpSchema.FormalParameterOption
 _AttrType = OpSchema.AttrType
-_TYPES = [
-    ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "Activations."),
-    ("C", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int8)"], "Cache."),
-]
+_TENSOR = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "bfloat16": "tensor(bfloat16)",
+    "float8_e4m3fn": "tensor(float8e4m3fn)",
+    "int8": "tensor(int8)",
+    "int32": "tensor(int32)",
+}
+_TYPE_DOCS = {"T": "Activations.", "C": "Cache."}
 
 
 def _default(name: str, value: int | float, doc: str) -> OpSchema.Attribute:
     return OpSchema.Attribute(name, make_attribute(name, value), doc)
 
 
-SPAN_ATTENTION = OpSchema(
-    "SpanAttention",
-    DOMAIN,
-    VERSION,
-    doc="""Causal grouped-query attention in which every KV head keeps its first `sink` tokens and a window of its own.
+def _schema(op: Op) -> OpSchema:
+    """The ONNX schema of an op of the plugins' table."""
 
-Token i of the chunk in row b has position q = length[b] + i. In KV head h it sees position p iff p <= q and
-(p < sink or q - p < span[b, h] - sink). A span is raised to sink + 1; a span over the head's capacity is an error
-(the function body, which cannot raise one, cuts it to the capacity).
+    def port(one: Port) -> OpSchema.FormalParameter:
+        kind = one.type if len(one.type) == 1 else _TENSOR[one.type]
+        option = _Option.Optional if one.optional else _Option.Single
+        return _In(one.name, kind, ", ".join(x for x in (shape_text(one), one.doc) if x), param_option=option)
 
-The cache of a row holds the KV heads one after another, head h in capacity[h] slots. Position p of a head is in its slot
-p if p < sink, else in sink + (p - sink) mod (capacity[h] - sink). Keys are stored after RoPE. A chunk attends to the
-cache as it was before the chunk and to itself, then it is written; all keys and values are seen in their stored form,
-so that the result does not depend on how a prompt is cut. A past and its present may be the same buffer with the op library,
-not with the function body.""",
-    inputs=[
-        _In("query", "T", "[batch, tokens, num_heads * dim], RoPE applied"),
-        _In("key", "T", "[batch, tokens, kv_num_heads * dim], RoPE applied"),
-        _In("value", "T", "[batch, tokens, kv_num_heads * dim]"),
-        _In("past_key", "C", "[batch, slots, dim], slots = sum of capacity"),
-        _In("past_value", "C", "[batch, slots, dim]"),
-        _In("length", "tensor(int32)", "[batch], tokens of the row that were given before this chunk"),
-        _In("span", "tensor(int32)", "[batch, kv_num_heads], tokens that a query sees, sinks included"),
-        _In("key_scale", "tensor(float)", "[kv_num_heads], int8 cache only: key = scale * stored", param_option=_Option.Optional),
-        _In("value_scale", "tensor(float)", "[kv_num_heads], int8 cache only", param_option=_Option.Optional),
-    ],
-    outputs=[
-        _In("output", "T", "[batch, tokens, num_heads * dim]"),
-        _In("present_key", "C", "[batch, slots, dim]"),
-        _In("present_value", "C", "[batch, slots, dim]"),
-        _In("lse", "tensor(float)", "[batch, num_heads, tokens], log of the sum of exp(score)", param_option=_Option.Optional),
-    ],
-    type_constraints=_TYPES,
-    attributes=[
-        OpSchema.Attribute("num_heads", _AttrType.INT, "Query heads, a multiple of kv_num_heads.", required=True),
-        OpSchema.Attribute("kv_num_heads", _AttrType.INT, "KV heads.", required=True),
-        OpSchema.Attribute("capacity", _AttrType.INTS, "Slots of each KV head, each more than sink.", required=True),
-        _default("sink", 64, "First tokens that are always seen."),
-        _default("scale", 0.0, "Factor of the scores; 0 means 1 / sqrt(dim)."),
-        _default("softcap", 0.0, "score = softcap * tanh(score / softcap); 0: none."),
-    ],
-)
+    def attribute(one: Attribute) -> OpSchema.Attribute:
+        if one.default is None:
+            return OpSchema.Attribute(one.name, getattr(_AttrType, one.kind.upper()), one.doc, required=True)
+        return _default(one.name, one.default, one.doc)
+
+    letters = [x for x in ("T", "C") if any(x == port.type for port in op.inputs)]
+    return OpSchema(
+        op.name,
+        DOMAIN,
+        VERSION,
+        doc=op.doc,
+        inputs=[port(x) for x in op.inputs],
+        outputs=[port(x) for x in op.outputs],
+        type_constraints=[(x, [_TENSOR[kind] for kind in ONNX_TYPES[x]], _TYPE_DOCS[x]) for x in letters],
+        attributes=[attribute(x) for x in op.attributes],
+    )
+
+
+SPAN_ATTENTION = _schema(table.SPAN_ATTENTION)
+LSH_HASH = _schema(table.LSH_HASH)
+MERGE_ATTENTION = _schema(table.MERGE_ATTENTION)
 
 LSH_ATTENTION = OpSchema(
     "LshAttention",
@@ -115,7 +110,10 @@ present may be the same buffer.""",
         _In("present_state", "tensor(uint8)", "[batch, bytes]"),
         _In("lse", "tensor(float)", "[batch, num_heads, tokens], log of the sum of exp(score)", param_option=_Option.Optional),
     ],
-    type_constraints=_TYPES,
+    type_constraints=[
+        ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "Activations."),
+        ("C", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int8)"], "Cache."),
+    ],
     attributes=[
         OpSchema.Attribute("num_heads", _AttrType.INT, "Query heads, a multiple of kv_num_heads.", required=True),
         OpSchema.Attribute("kv_num_heads", _AttrType.INT, "KV heads.", required=True),
@@ -137,7 +135,7 @@ present may be the same buffer.""",
     ],
 )
 
-SCHEMAS = (SPAN_ATTENTION, LSH_ATTENTION)
+SCHEMAS = (SPAN_ATTENTION, LSH_ATTENTION, LSH_HASH, MERGE_ATTENTION)
 
 
 def register_schemas() -> None:

@@ -3,51 +3,63 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from attnspan.export import artefact
+from attnspan.export import artefact, genai
 from attnspan.export.folder import check_destination
-from attnspan.export.frontends.build import build
-from attnspan.export.rewrite.cpu import rewrite_cpu
+from attnspan.export.frontends.choose import is_traced, layer_windows, normal_form
+from attnspan.export.frontends.foreign.open import is_onnx, open_onnx
 from attnspan.export.source import Source, open_source
 from attnspan.export.stages import Stages
+from attnspan.export.targets import Form, choose_form, onnx_type
 from attnspan.export.verify import require_torch, verify
-from attnspan.planner.cost import allocated_bytes, state_bytes
+from attnspan.planner.cost import state_bytes
 from attnspan.planner.errors import UserError
 from attnspan.planner.files import whole_folder
 from attnspan.planner.plan import Plan
 from attnspan.planner.uniform import uniform
+from attnspan.planner.windows import limit_plan
 from attnspan.runtime.memory import check_indexes_fit
 
-CACHE_DTYPES = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
 DEFAULT_N_MAX = 8192
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `attnspan export` was asked for. Without `plan`, every head keeps `density` of the text."""
+    """What `attnspan export` was asked for. Without `plan`, every head keeps `density` of the text.
+
+    dtype, cache_dtype, chunk: None for the target's own. weights: what matrices are quantised to, None: they are not.
+    """
 
     model: str
     out: Path
+    target: str = "cpu"
+    dtype: str | None = None
+    weights: str | None = None
     plan: Path | None = None
     density: float | None = None
     n_max: int | None = None
-    cache_dtype: str = "bf16"
+    cache_dtype: str | None = None
+    chunk: int | None = None
     num_layers: int | None = None
     library: Path | None = None
     overwrite: bool = False
     verify_tokens: int | None = None  # None: do not verify
+    genai: bool = False  # also write what onnxruntime-genai loads
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished artefact: its description (attnspan.json), its plan and the cost of each stage."""
+    """A finished artefact: its form, its description (attnspan.json), its plan and the cost of each stage."""
 
     folder: Path
+    form: Form
     description: dict[str, Any]
     plan: Plan
     stages: Stages
@@ -60,35 +72,108 @@ def export_model(options: Options) -> Exported:
     """
     stages = Stages()
     with stages.measure("build graph"):
-        cache_dtype = CACHE_DTYPES.get(options.cache_dtype)
-        if cache_dtype is None:
-            raise UserError(f"--cache-dtype is {options.cache_dtype!r}; must be one of {', '.join(CACHE_DTYPES)}")
-        source = first_layers(open_source(options.model), options.num_layers)
-        plan = choose_plan(source, options.plan, options.density, options.n_max)
-        model = build(source.config, source.weights, plan.n_max)
-        rewrite_cpu(model, plan, cache_dtype, source.shape)
-        if options.verify_tokens is not None:
-            whole = dataclasses.replace(plan, model=source.shape)  # plans need not know the size of a head
-            kv, states = allocated_bytes(whole, options.cache_dtype), state_bytes(whole)
-            fix = "add --no-verify when it will run on another machine, or"
-            check_indexes_fit(kv or 0, states or 0, f"one row of {plan.n_max} tokens", fix)
-        check_destination(options.out, options.overwrite, artefact.disk_bytes(model, options.library))
-        if options.verify_tokens is not None:
-            require_torch()
-            if options.verify_tokens < 1:
-                raise UserError(f"--verify-tokens is {options.verify_tokens}; must be 1 or more, or --no-verify")
+        work = prepare(options)
+    form, plan, source = work.form, work.plan, work.given.source
+    assert work.model is not None  # no dry run
     with whole_folder(options.out) as folder:
         with stages.measure("write files"):
-            artefact.write_model(model, folder)
+            known = artefact.write_model(work.model, folder)
+            if form.dtype != "fp32":
+                from attnspan.export.rewrite.surgery import compute_norms_in_fp32
+
+                compute_norms_in_fp32(folder / artefact.MODEL, onnx_type(form.dtype))
             artefact.write_companions(folder, source, plan, options.library)
-            description = artefact.describe(folder, source, plan, cache_dtype, options.library)
+            if form.cache_dtype == "int8":
+                from attnspan.export.cache_scales import measure_scales, write_scales
+
+                write_scales(folder, measure_scales(folder, plan, source.config["vocab_size"], options.library))
+            if options.genai:
+                assert options.library is not None  # target cpu has one
+                genai.write_genai(folder, plan, source.config, options.library.name)
+            description = artefact.describe(source, plan, form, options.library, artefact.fingerprints(folder, known))
             artefact.write_description(folder, description)
         if options.verify_tokens is not None:
             with stages.measure("verify", child=True):
-                dtype = description["cache_dtype"]
-                description["verify"] = verify(folder, source.path, options.verify_tokens, dtype)
+                description["verify"] = verify(folder, work.given.original, options.verify_tokens)
                 artefact.write_description(folder, description)
-    return Exported(options.out, description, plan, stages)
+    return Exported(options.out, form, description, plan, stages)
+
+
+@dataclass(frozen=True)
+class Work:
+    """An export that was checked and can begin.
+
+    model: the graph to write, its weights not read; None: a dry run cannot know it. files: sizes as of `planned_files`.
+    """
+
+    options: Options
+    form: Form
+    given: Given
+    plan: Plan
+    model: ir.Model | None
+    files: Mapping[str, int | None]
+
+
+def prepare(options: Options, dry: bool = False) -> Work:
+    """Check everything that can be checked, and build the graph; no weight is read, nothing written. UserError as `export_model`.
+
+    dry: leave out a graph that needs the weights, of a family that is traced.
+    """
+    form = choose_form(options.target, options.dtype, options.cache_dtype, options.chunk, options.weights)
+    if form.dtype != "fp32" and importlib.util.find_spec("onnx_graphsurgeon") is None:
+        raise UserError(f"onnx-graphsurgeon is not installed, which --dtype {form.dtype} needs; install attnspan[export]")
+    given = open_model(options.model, options.num_layers, form)
+    source, dtype = given.source, onnx_type(form.dtype)
+    plan = limit_plan(choose_plan(source, options.plan, options.density, options.n_max), given.windows)
+    if options.genai:
+        genai.check_genai(options.target, plan)
+    model = given.lifted
+    if model is None and not (dry and dtype == ir.DataType.FLOAT and is_traced(source.config)):
+        model = normal_form(source, plan.n_max, dtype)
+    if model is not None:
+        form.rewrite(model, plan, source.shape)
+    if options.verify_tokens is not None:
+        assert source.shape.head_dim is not None  # a config has it; a plan need not
+        kv, states = form.cache_bytes(plan, source.shape.head_dim), state_bytes(dataclasses.replace(plan, model=source.shape))
+        fix = "add --no-verify when it will run on another machine, or"
+        check_indexes_fit(kv, states or 0, f"one row of {plan.n_max} tokens", fix)
+    files = artefact.planned_files(model, source, plan, form, options.library)
+    if options.genai:
+        files |= dict.fromkeys((genai.CONFIG, genai.GRAPH))
+    check_destination(options.out, options.overwrite, artefact.disk_bytes(files))
+    if options.verify_tokens is not None:
+        require_torch()
+        if options.verify_tokens < 1:
+            raise UserError(f"--verify-tokens is {options.verify_tokens}; must be 1 or more, or --no-verify")
+    return Work(options, form, given, plan, model, files)
+
+
+@dataclass(frozen=True)
+class Given:
+    """MODEL, opened. windows: of each layer, None where all tokens are seen. lifted: the normal form of an ONNX file.
+
+    original: what verification compares with.
+    """
+
+    source: Source
+    windows: Sequence[int | None]
+    original: Path
+    lifted: ir.Model | None = None
+
+
+def open_model(model: str, num_layers: int | None, form: Form) -> Given:
+    """Open MODEL, its first `num_layers` layers if that is given. UserError for what cannot be exported in this form."""
+    if not is_onnx(model):
+        source = first_layers(open_source(model), num_layers)
+        return Given(source, layer_windows(source.config), source.path)
+    if num_layers is not None:
+        raise UserError(f"--num-layers is {num_layers}, MODEL an ONNX file, which is taken whole; drop it")
+    if form.dtype != "fp32":
+        raise UserError(
+            f"--dtype is {form.dtype}; MODEL is an ONNX file, which can be exported in fp32 only; change --target or MODEL"
+        )
+    source, lifted = open_onnx(model)
+    return Given(source, lifted.windows, source.file, lifted.model)
 
 
 def choose_plan(source: Source, file: Path | None, density: float | None, n_max: int | None) -> Plan:
@@ -120,8 +205,9 @@ def first_layers(source: Source, count: int | None) -> Source:
     if not 1 <= count <= total:
         raise UserError(f"--num-layers is {count}; MODEL allows 1 to {total}")
     config = source.config | {"num_hidden_layers": count}
-    if config.get("layer_types"):
-        config["layer_types"] = config["layer_types"][:count]
+    for by_layer in ("layer_types", "no_rope_layers"):
+        if config.get(by_layer):
+            config[by_layer] = config[by_layer][:count]
     cut = tuple(f"model.layers.{i}." for i in range(count, total))
     weights = {name: tensor for name, tensor in source.weights.items() if not name.startswith(cut)}
     return dataclasses.replace(source, config=config, weights=weights)

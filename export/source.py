@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from attnspan.export.safetensors_source import read_safetensors
+from attnspan.export.safetensors_source import check_tied, read_safetensors
 from attnspan.planner.errors import UserError
 from attnspan.planner.files import read_json
 from attnspan.planner.plan import ModelShape
@@ -45,23 +45,32 @@ class Source:
         """The attention shape that plans are checked against."""
         return ModelShape.from_config(self.config, model_id=self.name)
 
-    def write_side_files(self, folder: Path) -> None:
-        """Write the tokenizer's files and generation_config.json into `folder`, as far as the source has them."""
+    @property
+    def parameters(self) -> int:
+        """Numbers in all weights."""
+        return sum(math.prod(int(n) for n in x.shape) for x in self.weights.values())
+
+    def side_files(self) -> dict[str, bytes | Path]:
+        """The tokenizer's files and generation_config.json by name, as far as the source has them: content, or file to copy."""
+        names = () if self.format == "gguf" else TOKENIZER_FILES
+        found: dict[str, bytes | Path] = {name: self.path / name for name in names if (self.path / name).is_file()}
+        given = self.path / "generation_config.json"
+        tokens = {key: self.config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        known = {key: value for key, value in tokens.items() if value is not None}
+        found[given.name] = given if given.is_file() else (json.dumps(known, indent=2) + "\n").encode()
+        return found
+
+    @property
+    def converted_files(self) -> tuple[str, ...]:
+        """Names of the tokenizer's files that `convert_files` writes."""
+        return ("tokenizer.json", "tokenizer_config.json") if self.format == "gguf" else ()
+
+    def convert_files(self, folder: Path) -> None:
+        """Write the tokenizer's files that are not to be had by copying into `folder`."""
         if self.format == "gguf":
             from attnspan.export.gguf_source import write_tokenizer
 
             write_tokenizer(self.path, folder)
-        else:
-            for name in TOKENIZER_FILES:
-                if (self.path / name).is_file():
-                    shutil.copyfile(self.path / name, folder / name)
-        given = self.path / "generation_config.json"
-        if given.is_file():
-            shutil.copyfile(given, folder / given.name)
-        else:
-            tokens = {key: self.config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            known = {key: value for key, value in tokens.items() if value is not None}
-            (folder / given.name).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
 
 def open_source(model: str) -> Source:
@@ -79,7 +88,9 @@ def open_source(model: str) -> Source:
         name, path = model, _download(model)
     if (path / "config.json").is_file():
         config = dict(read_json(path / "config.json"))
-        return Source(name, path, "safetensors", config, read_safetensors(path))
+        weights = read_safetensors(path)
+        check_tied(config, weights)
+        return Source(name, path, "safetensors", config, weights)
     gguf = sorted(path.glob("*.gguf"))
     if len(gguf) == 1:
         return _open_gguf(gguf[0])
@@ -112,11 +123,27 @@ def _download(model: str) -> Path:
     if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith("/"):
         raise UserError(f"{model} does not exist; MODEL must be a Hugging Face folder, a .gguf file or a hub id")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     wanted = ["*.json", "*.safetensors", "*.model", "merges.txt", "chat_template.jinja"]
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
+    except GatedRepoError:
+        raise UserError(
+            f"{model} is gated: accept its terms on its page of the Hugging Face hub and log in (`hf auth login`, or HF_TOKEN), "
+            "or give MODEL as a folder"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{model} is neither a local folder nor a model of the Hugging Face hub that you may see; check the name, "
+            "or log in (`hf auth login`, or HF_TOKEN) if it is private"
+        ) from None
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from pydoc_data.topics import topics
+from typing import Protocol
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from attnspan.cpu_runtime.session import Session
+from attnspan.export.cache_scales import layer_scales, read_scales
+from attnspan.export.quantize import WEIGHTS
+from attnspan.export.sample_text import sample_tokens
 from attnspan.export.torch_reference import TorchReference
-from attnspan.export.verify import TOLERANCE, Row
+from attnspan.export.verify import GENERATED, MAX_LOGITS, Row, tolerance_of
 from attnspan.planner.plan import Plan
 from attnspan.runtime.artefact import Artefact
-from attnspan.runtime.tokenizer import Tokenizer
 
-GENERATED = 32  # tokens decoded after each prompt
-MAX_LOGITS = 2**25  # kept of one row, to be compared: 128 MiB in fp32
 POSITIONS = 128  # compared at a time
 
 
@@ -29,27 +29,30 @@ def compare(artefact: Artefact, model: Path, tokens: int, generated: int = GENER
     plan = artefact.plan
     longest = min(tokens, plan.n_max - generated)
     lengths = [longest, max(longest // 3, 1), min(7, longest)]
-    tokens_of_text = _text_tokens(artefact, longest)
+    tokens_of_text = sample_tokens(artefact.folder, artefact.vocab_size, longest)
     prompts = [tokens_of_text[-n:] for n in lengths]
     with tqdm(total=2 * sum(lengths), unit=" tokens", desc="verify", delay=2, leave=False, disable=None) as bar:
         logits, chosen = _run(artefact, prompts, generated, bar)
-        reference = TorchReference(model, artefact.layers, artefact.cache_dtype, artefact.sink)
-        rows = []
-        for prompt, new, got in zip(prompts, chosen, logits, strict=True):
-            hidden = reference.hidden(prompt + new, _spans(plan, len(prompt), len(new)))
-            rows.append(_row(got, reference, hidden[-len(got) :], new, len(prompt), artefact))
-            bar.update(len(prompt))
-    return rows
+        reference = TorchReference(model, plan, artefact.cache_dtype, artefact.dtype)
 
+        def rows() -> list[Row]:
+            found = []
+            for prompt, new, got in zip(prompts, chosen, logits, strict=True):
+                hidden = reference.hidden(prompt + new, _spans(plan, len(prompt), len(new)))
+                found.append(_row(got, reference, hidden[-len(got) :], new, len(prompt), artefact))
+                bar.update(len(prompt))
+            return found
 
-def _text_tokens(artefact: Artefact, count: int) -> list[int]:
-    """English prose that every Python carries, as tokens. On random tokens models are erratic: the same rounding errors move
-    single logits 30 times as far. They serve where there is no tokenizer."""
-    if not (artefact.folder / "tokenizer.json").is_file():
-        return [int(token) for token in np.random.default_rng(0).integers(0, artefact.vocab_size, count)]
-    text = "\n".join(topics[name] for name in sorted(topics))
-    ids = Tokenizer(artefact.folder).encode(text[: 16 * count])
-    return (ids * (count // len(ids) + 1))[:count]
+        weights, int8 = artefact.info.get("weights"), artefact.cache_dtype == "int8"
+        if weights not in WEIGHTS and not int8:
+            return rows()
+        bar.total += sum(lengths)
+        before = rows()
+        reference.quantize(weights, layer_scales(read_scales(artefact.folder), plan) if int8 else None)
+        return [
+            replace(x, lost_diff=y.mean_diff, lost_tokens=x.generated - y.exact_tokens)
+            for x, y in zip(rows(), before, strict=True)
+        ]
 
 
 def _run(artefact: Artefact, prompts: list[list[int]], generated: int, bar: tqdm) -> tuple[list[np.ndarray], list[list[int]]]:
@@ -76,9 +79,13 @@ def _spans(plan: Plan, prompt: int, generated: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([table[n] for n in lengths]))
 
 
-def _row(
-    got: np.ndarray, reference: TorchReference, hidden: torch.Tensor, new: list[int], prompt: int, artefact: Artefact
-) -> Row:
+class _Head(Protocol):
+    """What makes logits of hidden states."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
+def _row(got: np.ndarray, reference: _Head, hidden: torch.Tensor, new: list[int], prompt: int, artefact: Artefact) -> Row:
     """Compare logits [positions, vocab] with those of the reference's hidden states [positions, features]."""
     largest, means, top = np.empty(len(got), np.float32), np.empty(len(got), np.float64), 0.0
     for first in range(0, len(got), POSITIONS):
@@ -101,7 +108,7 @@ def _row(
         mean_diff=float(means[:compared].mean()),
         max_logit=top,
         exact_tokens=int((below <= 0).sum()),
-        same_tokens=int((below <= TOLERANCE[artefact.cache_dtype].p99 * top).sum()),
+        same_tokens=int((below <= tolerance_of(artefact.info).p99 * top).sum()),
         wrapped=int((artefact.plan.capacities() < prompt + len(new)).sum()),
         sampled=sampled,
         sampled_diff=float(means[compared:].mean()) if sampled else 0.0,
@@ -116,7 +123,13 @@ def main() -> None:
     parser.add_argument("tokens", type=int)
     parser.add_argument("report", type=Path)
     args = parser.parse_args()
-    rows = compare(Artefact.load(args.folder), args.model, args.tokens)
+    artefact = Artefact.load(args.folder)
+    if args.model.suffix == ".onnx":
+        from attnspan.export.frontends.foreign import verify as foreign_verify
+
+        rows = foreign_verify.compare(artefact, args.model, args.tokens)
+    else:
+        rows = compare(artefact, args.model, args.tokens)
     args.report.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
 
 

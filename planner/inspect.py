@@ -45,6 +45,7 @@ def summarise(plan: Plan, lengths: Sequence[int] | None = None, dtype: str = "bf
         "model": dataclasses.asdict(plan.model),
         "n_max": plan.n_max,
         "sink": plan.sink,
+        "windows": list(plan.windows),
         "modes": dict(Counter(rule.mode for layer in plan.rules for rule in layer)),
         "provenance": dict(plan.provenance),
         "density": plan.density(),
@@ -77,6 +78,10 @@ def _header(summary: dict[str, Any]) -> list[str]:
         f"KV cache  {format_bytes(summary['allocated_bytes'])} a sequence ({summary['cache_dtype']}), "
         f"dense {format_bytes(summary['dense_bytes'])}",
     ]
+    if any(summary["windows"]):
+        sizes = Counter(summary["windows"])
+        kinds = ", ".join(f"{count} of {w} tokens" if w else f"{count} without" for w, count in sizes.items())
+        lines.append(f"windows   the model's own, by layer: {kinds}; no sinks in layers with one")
     for index in summary["indexes"]:
         kind = ", ".join(f"{name} {index[name]}" for name in ("fraction", "bits", "tables", "signature_bits") if name in index)
         size = "-" if index["bytes_per_token"] is None else f"{index['bytes_per_token']:g}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from attnspan.planner.lsh import state_bytes
 from attnspan.planner.plan import Plan
-from attnspan.planner.rules import LshParams
+from attnspan.planner.rules import SINK, LshParams
 from attnspan.planner.shape import ModelShape
 
 __all__ = ["Part", "identity", "layer_parts", "plan_parts"]
@@ -23,7 +23,8 @@ class Part:
 
     heads: KV heads of the model, ascending. capacity: their slots, in tokens. name: the layer's number, for the second and
     later parts of a layer followed by what tells them apart: `key.{name}`, `value.{name}` and `state.{name}` name the tensors.
-    lsh: parameters that the heads share; max_hamming: of each head, for index `signature`.
+    lsh: parameters that the heads share; max_hamming: of each head, for index `signature`. sink: first tokens that are always
+    kept; 0 in a layer with a window.
     """
 
     layer: int
@@ -32,6 +33,7 @@ class Part:
     capacity: tuple[int, ...]
     lsh: LshParams | None = None
     max_hamming: tuple[int, ...] | None = None
+    sink: int = SINK
 
     @property
     def op(self) -> str:
@@ -42,6 +44,10 @@ class Part:
     def slots(self) -> int:
         """Cache slots of a row: all capacities."""
         return sum(self.capacity)
+
+    def cache_shape(self, head_dim: int) -> tuple[int, ...]:
+        """Shape of the key or value cache of one row: the heads one after another."""
+        return (self.slots, head_dim)
 
     def state_bytes(self, head_dim: int) -> int:
         """Bytes of the index of one row; 0 for an op without one."""
@@ -57,6 +63,8 @@ class Part:
             "key": f"key.{self.name}",
             "value": f"value.{self.name}",
         }
+        if self.sink != SINK:
+            entry["sink"] = self.sink
         if self.lsh is not None:
             entry |= {"state": f"state.{self.name}", "state_bytes": self.state_bytes(head_dim)}
         return entry
@@ -78,7 +86,7 @@ def layer_parts(plan: Plan, layer: int) -> list[Part]:
         name = f"{layer}.lsh{number if number > 1 else ''}" if parts else f"{layer}"
         signature = shared is not None and shared.index == "signature"
         bounds = tuple(_bound(plan, layer, head) for head in heads) if signature else None
-        parts.append(Part(layer, name, tuple(heads), tuple(capacity[head] for head in heads), shared, bounds))
+        parts.append(Part(layer, name, tuple(heads), tuple(capacity[head] for head in heads), shared, bounds, plan.sinks[layer]))
     return parts
 
 

@@ -33,8 +33,10 @@ def ladder(n_max: int) -> list[int]:
 class Plan:
     """What every KV head of a model keeps, for sequences of up to n_max tokens.
 
-    rules[layer][kv_head]; predicted_loss maps a length to a loss; solver_gap is relative. UserError when a
-    value is out of range or the rules do not have the shape [layers, kv_heads].
+    rules[layer][kv_head]; predicted_loss maps a length to a loss; solver_gap is relative. windows[layer]: what the model itself
+    lets the heads of a layer see, in tokens, None: everything; such a layer has no sinks: a head sees the last min(span, window)
+    tokens (see `windows.limit_plan`). UserError when a value is out of range or the rules do not have the shape
+    [layers, kv_heads].
     """
 
     model: ModelShape
@@ -46,6 +48,7 @@ class Plan:
     predicted_loss: Mapping[int, float] = field(default_factory=dict)
     solver_gap: float | None = None
     validation: Mapping[str, Any] = field(default_factory=dict)
+    windows: Sequence[int | None] = ()
 
     def __post_init__(self) -> None:
         n_max = check_int("n_max", self.n_max, 128, MAX_TOKENS, "; change --n-max")
@@ -65,11 +68,39 @@ class Plan:
                         f"lsh window of layer {i}, KV head {h} is {rule.lsh.window}: window and "
                         f"{SINK} sinks must fit in n_max = {n_max}"
                     )
+        self._check_windows()
         for length, loss in self.predicted_loss.items():
             check_int("length of a predicted_loss", length, 1, MAX_TOKENS)
             check_number(f"predicted_loss at {length}", loss, -1e30, 1e30)
         if self.solver_gap is not None:
             check_number("solver_gap", self.solver_gap, 0.0, 1e30)
+
+    def _check_windows(self) -> None:
+        given, layers = self.windows, len(self.rules)
+        if not isinstance(given, list | tuple) or len(given) not in (0, layers):
+            raise UserError(
+                f"windows is {given!r:.60}: must be a list of a window in tokens, or null, for each of {layers} layers"
+            )
+        windows = tuple(w if w is None else check_int(f"window of layer {i}", w, 1, MAX_TOKENS) for i, w in enumerate(given))
+        object.__setattr__(self, "windows", windows if any(windows) else ())
+        for i, window in enumerate(self.windows):
+            for h, rule in enumerate(self.rules[i]):
+                if window is not None and rule.lsh is not None:
+                    raise UserError(
+                        f"KV head {h} of layer {i} has mode 'lsh': its layer has a window, it must be 'span' or 'dense'"
+                    )
+
+    @property
+    def sinks(self) -> tuple[int, ...]:
+        """First tokens that the heads of each layer always keep, [layers]: none in a layer with a window."""
+        windows = self.windows or (None,) * len(self.rules)
+        return tuple(self.sink if window is None else 0 for window in windows)
+
+    @cached_property
+    def limits(self) -> npt.NDArray[np.int32]:
+        """Largest span of each layer, in tokens: its window, 2^30 for a layer without one. int32 [layers]."""
+        windows = self.windows or (None,) * len(self.rules)
+        return np.array([MAX_TOKENS if window is None else window for window in windows], np.int32)
 
     @cached_property
     def _alpha_beta(self) -> npt.NDArray[np.float64]:
@@ -78,7 +109,7 @@ class Plan:
     def spans(self, n: int) -> npt.NDArray[np.int32]:
         """Spans in force at length n (0 to n_max), in tokens: int32 [layers, kv_heads]."""
         check_int("length", n, 0, self.n_max, f" (n_max of the plan): plan for {n!r} with --n-max")
-        return span_tokens(self._alpha_beta[..., 0], self._alpha_beta[..., 1], n)
+        return np.minimum(span_tokens(self._alpha_beta[..., 0], self._alpha_beta[..., 1], n), self.limits[:, None])
 
     def capacities(self) -> npt.NDArray[np.int32]:
         """Slots that each head owns in the cache of an artefact built for n_max: int32 [layers, kv_heads]."""

@@ -17,7 +17,7 @@ from attnspan.planner.shape import ModelShape
 
 DENSITY_TOLERANCE = 1e-5
 REQUIRED = ("schema", "model", "n_max", "sink", "block", "density", "rules")
-OPTIONAL = ("indexes", "state_bytes", "provenance", "predicted_loss", "solver_gap", "validation")
+OPTIONAL = ("windows", "indexes", "state_bytes", "provenance", "predicted_loss", "solver_gap", "validation")
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
@@ -30,6 +30,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "sink": plan.sink,
         "block": plan.block,
         "density": {str(n): round(plan.density(n), 6) for n in ladder(plan.n_max)},
+        **({"windows": list(plan.windows)} if plan.windows else {}),
         # What the indexes of sampled heads take.
         **({"indexes": indexes, "state_bytes": state_bytes(plan)} if indexes else {}),
         "predicted_loss": {str(n): loss for n, loss in sorted(plan.predicted_loss.items())},
@@ -105,6 +106,7 @@ def plan_from_dict(data: Mapping[str, Any], where: str) -> Plan:
             predicted_loss=_by_length("predicted_loss", top.get("predicted_loss", {})),
             solver_gap=top.get("solver_gap"),
             validation=_object("validation", top.get("validation", {})),
+            windows=top.get("windows", ()),
         )
         _check_density(plan, _by_length("density", top["density"]))
         for name, real in (("indexes", index_table(plan)), ("state_bytes", state_bytes(plan))):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from attnspan.planner.files import read_json
 from attnspan.planner.lsh import FIRST_KEYS
 from attnspan.planner.parts import Part, plan_parts
 from attnspan.planner.plan import Plan
+from attnspan.planner.portable import MAX_CHUNK, portable_parts
 from attnspan.planner.rules import check_int
 
 __all__ = ["CACHE_BYTES", "SCHEMA", "Artefact"]
@@ -33,7 +34,11 @@ _COUNTS = ("n_max", "layers", "heads", "kv_heads", "head_dim", "vocab_size")
 
 @dataclass(frozen=True)
 class Artefact:
-    """One artefact folder. `capacity`: slots (tokens), [layers][kv_heads]; `info`: attnspan.json as read."""
+    """One artefact folder.
+
+    capacity: tokens that each head keeps, [layers][kv_heads]. chunk: target `portable`, most tokens of a call (see
+    `planner/portable.py`); others, None: any number. info: attnspan.json as read.
+    """
 
     folder: Path
     target: str
@@ -48,6 +53,7 @@ class Artefact:
     cache_dtype: str
     capacity: tuple[tuple[int, ...], ...]
     plan: Plan
+    chunk: int | None
     info: Mapping[str, Any]
 
     @classmethod
@@ -86,7 +92,8 @@ class Artefact:
             or plan.capacities().tolist() != capacity
         ):
             raise UserError(f"{file} and plan.json disagree about n_max, sink or capacities; {_AGAIN}")
-        attention = [part.describe(counts["head_dim"]) for part in plan_parts(plan)]
+        chunk = check_int(f"{file}: chunk", info.get("chunk"), 1, MAX_CHUNK) if info["target"] == "portable" else None
+        attention = [part.describe(counts["head_dim"]) for part in _parts(plan, chunk)]
         # Artefacts without sampled heads did not always say it.
         if info.get("attention", None if any("state" in part for part in attention) else attention) != attention:
             raise UserError(f"{file} and plan.json disagree about attention, or another version wrote it; {_AGAIN}")
@@ -98,6 +105,7 @@ class Artefact:
             cache_dtype=info["cache_dtype"],
             capacity=tuple(tuple(layer) for layer in plan.capacities().tolist()),
             plan=plan,
+            chunk=chunk,
             info=info,
             **counts,
         )
@@ -132,13 +140,13 @@ class Artefact:
 
     @cached_property
     def slots(self) -> tuple[int, ...]:
-        """Cache slots of each layer: its heads' capacities added, [layers]."""
-        return tuple(sum(layer) for layer in self.capacity)
+        """Cache slots of each layer, those of all heads added, [layers]."""
+        return tuple(sum(part.slots for part in self.parts if part.layer == i) for i in range(self.layers))
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """The attention ops, with their caches and states, in the order of the layers."""
-        return tuple(plan_parts(self.plan))
+        return tuple(_parts(self.plan, self.chunk))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -178,6 +186,10 @@ class Artefact:
     def _optional(self, name: str) -> Mapping[str, Any]:
         file = self.folder / name
         return read_json(file) if file.is_file() else {}
+
+
+def _parts(plan: Plan, chunk: int | None) -> Sequence[Part]:
+    return plan_parts(plan) if chunk is None else portable_parts(plan, chunk)
 
 
 def _check_files(folder: Path, info: Mapping[str, Any]) -> None:

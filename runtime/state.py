@@ -31,7 +31,8 @@ class SequenceState:
         self.text: list[str | None] = [None] * batch
         rules = np.array([[(rule.alpha, rule.beta) for rule in layer] for layer in plan.rules], dtype=np.float64)
         self._alpha, self._beta = rules[:, None, :, 0], rules[:, None, :, 1]
-        self._idle = plan.sink + 1
+        self._limits = plan.limits[:, None, None]
+        self._idle = np.array(plan.sinks, dtype=np.int32)[:, None, None] + 1
 
     def spans(self, lengths: npt.NDArray[np.int32], active: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
         """Spans in force when rows have that many tokens: int32 [layers, rows, kv_heads].
@@ -39,8 +40,8 @@ class SequenceState:
         Prefill of a prompt that brings its row to n tokens uses S(n) for all its chunks; a decode step at
         length n uses S(n + 1). A row that is not active gets the least span, as its output is not used.
         """
-        spans = span_tokens(self._alpha, self._beta, lengths[None, :, None])
-        return np.where(active[None, :, None], spans, np.int32(self._idle))
+        spans = np.minimum(span_tokens(self._alpha, self._beta, lengths[None, :, None]), self._limits)
+        return np.where(active[None, :, None], spans, self._idle)
 
     def check_row(self, row: int) -> int:
         """Return row when the batch has it; UserError otherwise."""

@@ -47,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["export", "m", "o", "--over"], "unknown argument '--over'"),
         (["export", "m"], "required: OUT"),
         (["export", "m", "o", "--density", "half"], "invalid float value: 'half'"),
-        (["export", "m", "o", "--target", "tensorrt"], "--target is 'tensorrt'; must be one of cpu"),
+        (["export", "m", "o", "--target", "gpu"], "--target is 'gpu'; must be one of cpu, tensorrt, portable"),
         (["export", "m", "o", "--dtype", "fp16"], "target cpu computes in fp32"),
         (["export", "m", "o"], "m does not exist; MODEL must be"),
     ],

@@ -131,11 +131,14 @@ def test_gguf_tokenizer(tmp_path: Path) -> None:
     write_gguf(folder, tmp_path / "tiny.gguf", "llama")
     source = open_source(str(tmp_path / "tiny.gguf"))
     (tmp_path / "out").mkdir()
-    source.write_side_files(tmp_path / "out")
+    source.convert_files(tmp_path / "out")
+    assert {x.name for x in (tmp_path / "out").iterdir()} >= set(source.converted_files)
     text = "Grüße, 世界!"
     want = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
     assert AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"] == want
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == SIZES["eos_token_id"]
+    generation = source.side_files()["generation_config.json"]
+    assert isinstance(generation, bytes)
+    assert json.loads(generation)["eos_token_id"] == SIZES["eos_token_id"]
 
 
 def test_gguf_of_another_architecture(tmp_path: Path) -> None:

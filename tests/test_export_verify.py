@@ -18,7 +18,7 @@ from attnspan.export import artefact as artefact_module
 from attnspan.export import verify_worker
 from attnspan.export.pipeline import Options, export_model
 from attnspan.export.torch_reference import TorchReference
-from attnspan.export.verify import TOLERANCE, Row, VerificationError, check, text
+from attnspan.export.verify import AS_IT_IS, TOLERANCE, Row, VerificationError, check, text
 from attnspan.runtime.artefact import Artefact
 
 TOKENS = 400  # more than either capacity, 128 and 384
@@ -34,7 +34,8 @@ def test_torch_attention_equals_the_numpy_reference(cache: str, monkeypatch: pyt
     spans[50:] = spans[50]
     spans[:50] = spans[0]
     reference = TorchReference.__new__(TorchReference)
-    reference.spans, reference.sink, reference.cache_dtype = spans, sink, getattr(torch, cache)
+    reference.spans, reference.sinks, reference.cache_dtype = spans, (0, sink), getattr(torch, cache)
+    reference.scales = None
     got, _ = reference._attend(SimpleNamespace(layer_idx=1), query, key, value, scaling=0.3)
 
     flat = [x[0].transpose(0, 1).flatten(1)[None].numpy() for x in (query, key, value)]
@@ -106,6 +107,7 @@ def test_export_verifies_and_keeps_the_report(tmp_path: Path) -> None:
     done = export_tiny(tmp_path, verify_tokens=200)
     report = json.loads((done.folder / "attnspan.json").read_text())["verify"]
     assert [row["prompt"] for row in report["rows"]] == [200, 66, 7]
+    assert report["ran"] == AS_IT_IS
     assert "2 rings were overwritten" in text(report)
     assert [stage.name for stage in done.stages] == ["build graph", "write files", "verify"]
     assert all(stage.seconds > 0 and stage.peak_rss > 1e6 for stage in done.stages)
@@ -120,10 +122,10 @@ def test_a_short_text_overwrites_no_ring_and_says_so(exported: Path) -> None:
 def test_a_wrong_artefact_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, write = save_tiny_model(tmp_path / "model"), artefact_module.write_model
 
-    def wrong(graph: ir.Model, folder: Path) -> None:
+    def wrong(graph: ir.Model, folder: Path) -> dict[str, object]:
         norm = graph.graph.initializers["model.norm.weight"]
         norm.const_value = ir.tensor(norm.const_value.numpy() * np.float32(1.01), name=norm.name)
-        write(graph, folder)
+        return write(graph, folder)
 
     monkeypatch.setattr(artefact_module, "write_model", wrong)
     with pytest.raises(VerificationError, match="differs from the model"):

@@ -49,7 +49,7 @@ def ids(rows: list[list[int]]) -> torch.Tensor:
 def test_a_prompt_and_steps_see_what_the_plan_says(folder: Path, plan: Plan, model: Any) -> None:
     assert plan.spans(PROMPT).min() < PROMPT - 64, "the plan must leave something out"
     spans = [plan.spans(max(PROMPT, i + 1)) for i in range(PROMPT + STEPS)]
-    reference = TorchReference(folder, 2, "float32", plan.sink)
+    reference = TorchReference(folder, plan, "float32")
     want = array(reference.logits(reference.hidden(TOKENS, torch.tensor(np.array(spans)))))
     out = model(ids([TOKENS[:PROMPT]]))
     got = [out.logits[0]]

@@ -154,10 +154,14 @@ def test_mixed_layers_equal_the_model(mixed: Path) -> None:
 
 def test_heads_in_the_wrong_place_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above can fail: with the heads of mixed layers joined in another order."""
-    from attnspan.export.rewrite import cpu
+    from attnspan.export.rewrite import attention
 
-    right = cpu.join
-    monkeypatch.setattr(cpu, "join", lambda record, parts, *args: right(record, [(x, sorted(h)[::-1]) for x, h in parts], *args))
+    right = attention.join
+
+    def wrong(record: Any, parts: Any, *args: Any) -> Any:
+        return right(record, [(x, sorted(heads)[::-1]) for x, heads in parts], *args)
+
+    monkeypatch.setattr(attention, "join", wrong)
     done = export_rules(tmp_path, MIXED[:2], config=FOUR)
     with pytest.raises(Exception, match="differ"):
         compare(done.folder, 100)

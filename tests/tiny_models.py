@@ -23,6 +23,8 @@ SIZES = {
     "pad_token_id": 258,
 }
 
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-biased": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
@@ -30,6 +32,54 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 32},
+    "mistral-sliding": {"sliding_window": 100},
+    "ministral": {"sliding_window": 100, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16},
+    "ministral3": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
+    "qwen2-sliding": {"use_sliding_window": True, "sliding_window": 130, "max_window_layers": 1},
+    "phi3": {},
+    "phi3-partial": {"sliding_window": 200, "rope_parameters": PARTIAL, "tie_word_embeddings": True},
+    "gemma2": {"head_dim": 24, "sliding_window": 100, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 5.0},
+    "gemma3_text": {
+        "head_dim": 32,
+        "sliding_window": 70,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 8.0},
+        },
+        "query_pre_attn_scalar": 50,
+    },
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "smollm3-sliding": {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 90},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 0.5,
+        "attention_bias": True,
+    },
+    "olmo2": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 120},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+    },
 }
 
 CHAT_TEMPLATE = (

@@ -31,7 +31,9 @@ class SpanKernel : NodeKernel {
     const std::vector<int64_t> q = read_chunk(context, config_.heads, config_.kv_heads, call);
     const auto past_key = context.GetInput(kPastKey), past_value = context.GetInput(kPastValue), length = context.GetInput(5),
                span = context.GetInput(6);
-    const std::vector<int64_t> ring{call.batch, slots_, call.head_dim};
+    std::vector<int64_t> ring{call.batch, slots_, call.head_dim};
+    // onnxruntime-genai binds caches of four axes only: [batch, slots, 1, head_dim], the same memory.
+    if (past_key && shape_of(past_key).size() == 4) ring.insert(ring.begin() + 2, 1);
     expect("past_key", past_key, ring);
     expect("past_value", past_value, ring);
     expect("length", length, {call.batch});

@@ -4,6 +4,7 @@ The normal form is standard ONNX: one `Attention` node `layers.{i}.attention` pe
 with its past and its present. Inputs: `input_ids`, `position_ids` [batch, sequence] int64; `logits_to_keep` [1] int64, the
 number of last positions that get logits (0: all); `past_key.{i}`, `past_value.{i}` [batch, kv_heads, past, head_dim].
 Outputs: `logits` [batch, kept, vocab]; `present_key.{i}`, `present_value.{i}` [batch, kv_heads, past + sequence, head_dim].
+A layer that slides attends to everything here; metadata of its attention says what window the plan has to cut it to.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from attnspan.export.frontends.families import Decoder, decoder
-from attnspan.export.graph import Recorder, value
+from attnspan.export.frontends.decoder import Decoder, adapted, read_decoder
+from attnspan.export.frontends.experts import mixture
+from attnspan.export.frontends.family import Experts
+from attnspan.export.frontends.rope import Rope
+from attnspan.export.graph import WINDOW, Recorder, value
 from attnspan.export.ops import IR_VERSION, OPSET
 from attnspan.export.source import Weights
 from attnspan.export.weights import cast
@@ -28,9 +32,13 @@ DERIVED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints store althoug
 def build(config: Mapping[str, Any], weights: Weights, n_max: int, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
     """The normal form of a decoder in `dtype`, right for texts of up to `n_max` tokens. Weights stay on disk.
 
-    UserError when the family is not known, or a weight is missing, left over or of the wrong shape.
+    UserError when the family is not known, a weight is missing, left over or of the wrong shape, or a mixture of experts is not
+    to be in fp32.
     """
-    return _Builder(decoder(config, n_max), weights, dtype).model()
+    decoder = read_decoder(config, n_max)
+    if dtype != ir.DataType.FLOAT and any(layer.experts for layer in decoder.layers):
+        raise UserError("MODEL is a mixture of experts, which --dtype fp32 alone is for; TensorRT does not take its graph")
+    return _Builder(decoder, adapted(weights, config), dtype).model()
 
 
 class _Builder(Recorder):
@@ -40,6 +48,7 @@ class _Builder(Recorder):
         super().__init__("build")
         self.decoder, self.weights, self.dtype = decoder, weights, dtype
         self.used: set[str] = set()
+        self.shapes: dict[int, ir.Value] = {}
 
     def model(self) -> ir.Model:
         """The whole model."""
@@ -52,15 +61,19 @@ class _Builder(Recorder):
 
         embedding = self.weight("model.embed_tokens.weight", d.vocab, d.hidden)
         hidden = self.op("Reshape", self.op("Gather", embedding, ids), [-1, d.hidden])
-        rows = self.op("Concat", self.op("Shape", ids), [-1], axis=0)  # [batch, sequence, the rest]
-        cos, sin = self.rope(positions)
-        for i in range(d.shape.layers):
+        hidden = self.scaled(hidden, d.scales.embedding)
+        self.shape = self.op("Shape", ids)  # [batch, sequence]
+        self.rotations = {kind: self.rotation(positions, rope) for kind, rope in d.ropes.items()}
+        self.growth = self.query_growth(positions)
+        for i, layer in enumerate(d.layers):
             name = f"model.layers.{i}"
-            normed = self.norm(hidden, f"{name}.input_layernorm", d.hidden)
-            hidden = self.op("Add", hidden, self.attention(i, normed, rows, cos, sin, pasts[i], presents[i]))
-            normed = self.norm(hidden, f"{name}.post_attention_layernorm", d.hidden)
-            hidden = self.op("Add", hidden, self.mlp(f"{name}.mlp", normed))
-        logits = self.head(self.op("Reshape", hidden, rows), keep)
+            x = self.norm(hidden, name, d.norms.attention)
+            x = self.norm(self.attention(i, x, pasts[i], presents[i]), name, d.norms.after_attention)
+            hidden = self.op("Add", hidden, self.scaled(x, d.scales.residual))
+            x = self.norm(hidden, name, d.norms.mlp)
+            x = self.norm(self.mlp(f"{name}.mlp", x, layer.experts), name, d.norms.after_mlp)
+            hidden = self.op("Add", hidden, self.scaled(x, d.scales.residual))
+        logits = self.head(self.op("Reshape", hidden, self.rows(d.hidden)), keep)
 
         self.refuse_leftovers()
         graph = ir.Graph(
@@ -73,74 +86,115 @@ class _Builder(Recorder):
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="attnspan")
 
-    def rope(self, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def rotation(self, positions: ir.Value, rope: Rope) -> tuple[ir.Value, ir.Value]:
         """cos and sin of every position, [batch, sequence, rotary_dim / 2], computed in fp32."""
         at = self.op("Unsqueeze", self.op("Cast", positions, to=ir.DataType.FLOAT), [-1])
-        angle = self.op("Mul", at, self.decoder.frequencies)
-        scaled = (self.op("Mul", self.op(f, angle), np.array([self.decoder.rope_factor], np.float32)) for f in ("Cos", "Sin"))
+        angle = self.op("Mul", at, rope.frequencies)
+        scaled = (self.op("Mul", self.op(f, angle), np.array([rope.factor], np.float32)) for f in ("Cos", "Sin"))
         cos, sin = (self.op("Cast", x, to=self.dtype) for x in scaled)
         return cos, sin
 
-    def attention(
-        self,
-        i: int,
-        x: ir.Value,
-        rows: ir.Value,
-        cos: ir.Value,
-        sin: ir.Value,
-        past: list[ir.Value],
-        present: list[ir.Value],
-    ) -> ir.Value:
+    def query_growth(self, positions: ir.Value) -> ir.Value | None:
+        """What q of every position is multiplied by, [batch, sequence, 1], computed in fp32; None: by nothing."""
+        if self.decoder.query_scaling is None:
+            return None
+        beta, length = (np.array([x], np.float32) for x in self.decoder.query_scaling)
+        at = self.op("Unsqueeze", self.op("Cast", positions, to=ir.DataType.FLOAT), [-1])
+        one = np.array([1], np.float32)
+        log = self.op("Log", self.op("Add", self.op("Floor", self.op("Div", at, length)), one))
+        return self.op("Cast", self.op("Add", self.op("Mul", log, beta), one), to=self.dtype)
+
+    def attention(self, i: int, x: ir.Value, past: list[ir.Value], present: list[ir.Value]) -> ir.Value:
         """Self-attention of layer i, flat tokens to flat tokens."""
-        d, name = self.decoder, f"model.layers.{i}.self_attn"
+        d, name, layer = self.decoder, f"model.layers.{i}.self_attn", self.decoder.layers[i]
         dim = d.head_dim
 
         def projection(kind: str, heads: int) -> ir.Value:
             # With its shape: the type inference of SpanAttention has to know it.
             out = value(f"layers.{i}.{kind}", self.dtype, ["batch", "sequence", heads * dim])
             y = self.linear(x, f"{name}.{kind[0]}_proj", d.hidden, heads * dim, d.qkv_bias)
-            if kind == "value":
-                return self.op("Reshape", y, rows, output=out)
-            if d.qk_norm:
-                y = self.norm(self.op("Reshape", y, [-1, heads, dim]), f"{name}.{kind[0]}_norm", dim)
-            rotary = {"num_heads": heads, "rotary_embedding_dim": 2 * len(d.frequencies)}
-            return self.op("RotaryEmbedding", self.op("Reshape", y, rows), cos, sin, output=out, **rotary)
+            if kind != "value" and d.qk_norm == "head":
+                y = self.norm(self.op("Reshape", y, [-1, heads, dim]), name, f"{kind[0]}_norm", dim)
+            elif kind != "value" and d.qk_norm == "all":
+                y = self.norm(y, name, f"{kind[0]}_norm", heads * dim)
+            steps: list[tuple[str, tuple[ir.Value, ...], dict[str, int]]] = [("Reshape", (self.rows(heads * dim),), {})]
+            if kind != "value" and layer.rope is not None:
+                rotary = {"num_heads": heads, "rotary_embedding_dim": 2 * len(d.ropes[layer.rope].frequencies)}
+                steps.append(("RotaryEmbedding", self.rotations[layer.rope], rotary))
+            if kind == "query" and self.growth is not None:
+                steps.append(("Mul", (self.growth,), {}))
+            for number, (op_type, inputs, attributes) in enumerate(steps, 1):
+                y = self.op(op_type, y, *inputs, output=out if number == len(steps) else None, **attributes)
+            return y
 
         q = projection("query", d.shape.heads)
         k = projection("key", d.shape.kv_heads)
         v = projection("value", d.shape.kv_heads)
         mixed = value(f"layers.{i}.attention.output", self.dtype, ["batch", "sequence", d.shape.heads * dim])
-        self.node(
-            "Attention",
-            [q, k, v, None, *past],
-            [mixed, *present],
-            {"is_causal": 1, "q_num_heads": d.shape.heads, "kv_num_heads": d.shape.kv_heads, "scale": dim**-0.5},
-            name=f"layers.{i}.attention",
-        )
+        scale = dim**-0.5 if d.scales.attention is None else float(d.scales.attention)
+        counts = {"q_num_heads": d.shape.heads, "kv_num_heads": d.shape.kv_heads}
+        attributes: dict[str, Any] = {"is_causal": 1, **counts, "scale": scale}
+        if d.scales.attention_cap:
+            attributes["softcap"] = float(d.scales.attention_cap)
+        inputs = [q, k, v, None, *past]
+        node = self.node("Attention", inputs, [mixed, *present], attributes, name=f"layers.{i}.attention")
+        if layer.window is not None:
+            node.metadata_props[WINDOW] = str(layer.window)
         flat = self.op("Reshape", mixed, [-1, d.shape.heads * dim])
         return self.linear(flat, f"{name}.o_proj", d.shape.heads * dim, d.hidden, d.output_bias)
 
-    def mlp(self, name: str, x: ir.Value) -> ir.Value:
-        """The gated MLP: down(silu(gate(x)) * up(x))."""
+    def mlp(self, name: str, x: ir.Value, experts: Experts | None) -> ir.Value:
+        """The gated MLP, or a mixture of those, flat tokens to flat tokens."""
         d = self.decoder
-        gate = self.linear(x, f"{name}.gate_proj", d.hidden, d.intermediate, d.mlp_bias)
-        up = self.linear(x, f"{name}.up_proj", d.hidden, d.intermediate, d.mlp_bias)
-        silu = self.op("Mul", gate, self.op("Sigmoid", gate))
-        return self.linear(self.op("Mul", silu, up), f"{name}.down_proj", d.intermediate, d.hidden, d.mlp_bias)
+        if experts is None:
+            return self.gated(name, x, d.intermediate)
+        router = self.linear(x, f"{name}.gate", d.hidden, experts.count)
+
+        def expert(number: int, some: ir.Value) -> ir.Value:
+            return self.gated(f"{name}.experts.{number}", some, experts.intermediate)
+
+        return mixture(self, x, router, experts, expert, self.dtype)
+
+    def gated(self, name: str, x: ir.Value, inner: int) -> ir.Value:
+        """down(act(gate(x)) * up(x)), with `inner` features in between."""
+        d = self.decoder
+        gate = self.linear(x, f"{name}.gate_proj", d.hidden, inner, d.mlp_bias)
+        up = self.linear(x, f"{name}.up_proj", d.hidden, inner, d.mlp_bias)
+        if d.activation == "silu":
+            active = self.op("Mul", gate, self.op("Sigmoid", gate))
+        else:
+            active = self.op("Gelu", gate, approximate="tanh")
+        return self.linear(self.op("Mul", active, up), f"{name}.down_proj", inner, d.hidden, d.mlp_bias)
 
     def head(self, hidden: ir.Value, keep: ir.Value) -> ir.Value:
         """Logits [batch, kept, vocab] of the last `keep` positions of `hidden` [batch, sequence, hidden]."""
         d = self.decoder
         last = self.op("Slice", hidden, self.op("Neg", keep), [END], [1])
-        kept = self.op("Concat", self.op("Shape", last, end=2), [-1], axis=0)
-        normed = self.norm(self.op("Reshape", last, [-1, d.hidden]), "model.norm", d.hidden)
+        kept = self.op("Concat", self.op("Shape", last, end=2), [d.vocab], axis=0)
+        normed = self.norm(self.op("Reshape", last, [-1, d.hidden]), "model", "norm")
         name = "model.embed_tokens" if d.tied else "lm_head"
         logits = value("logits", self.dtype, ["batch", "kept", d.vocab])
-        return self.op("Reshape", self.linear(normed, name, d.hidden, d.vocab), kept, output=logits)
+        y = self.scaled(self.linear(normed, name, d.hidden, d.vocab), d.scales.logits)
+        if d.scales.logits_cap:
+            y = self.scaled(self.op("Tanh", self.scaled(y, 1 / d.scales.logits_cap)), d.scales.logits_cap)
+        return self.op("Reshape", y, kept, output=logits)
 
-    def norm(self, x: ir.Value, name: str, size: int) -> ir.Value:
-        """Root-mean-square norm over the last axis."""
-        return self.op("RMSNormalization", x, self.weight(f"{name}.weight", size), epsilon=self.decoder.eps)
+    def norm(self, x: ir.Value, place: str, name: str | None, size: int | None = None) -> ir.Value:
+        """Root-mean-square norm over the last axis, of `size` features (default: hidden); x where there is no norm."""
+        if name is None:
+            return x
+        weight = self.weight(f"{place}.{name}.weight", size or self.decoder.hidden)
+        return self.op("RMSNormalization", x, weight, epsilon=self.decoder.eps)
+
+    def rows(self, features: int) -> ir.Value:
+        """The shape [batch, sequence, features]. The last is written out: TensorRT does not follow a -1."""
+        if features not in self.shapes:
+            self.shapes[features] = self.op("Concat", self.shape, [features], axis=0)
+        return self.shapes[features]
+
+    def scaled(self, x: ir.Value, factor: float) -> ir.Value:
+        """x * factor."""
+        return x if factor == 1 else self.op("Mul", x, np.array([factor], np.float32).astype(self.dtype.numpy()))
 
     def linear(self, x: ir.Value, name: str, inputs: int, outputs: int, bias: bool = False) -> ir.Value:
         """x [tokens, inputs] to [tokens, outputs]. Gemm takes the weight as it is stored, so that nothing is copied."""

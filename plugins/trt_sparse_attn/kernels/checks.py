@@ -11,7 +11,8 @@ from torch import Tensor
 from attnspan.planner.errors import UserError
 from attnspan.plugins.trt_sparse_attn.kernels.common import DTYPES, FP8, FP8_ARCH, HEAD_DIMS, INTERPRET, arch_of
 
-__all__ = ["MARGIN", "Shape", "UserError", "attention", "device_of", "new_keys", "one_device", "one_of", "shaped", "values"]
+__all__ = ["MARGIN", "Shape", "UserError", "attention", "device_of", "new_keys", "one_device", "one_of", "results", "shaped",
+           "values"]  # fmt: skip
 
 MARGIN = 64
 """Tokens that a head's capacity and span hold besides its sinks, at least."""
@@ -81,6 +82,13 @@ def _caches(key_cache: Tensor, value_cache: Tensor, batch: int, dtype: torch.dty
     shaped("key_cache", key_cache, (batch, slots, dim))
     shaped("value_cache", value_cache, (batch, slots, dim), key_cache.dtype)
     return slots, dim
+
+
+def results(query: Tensor, num_heads: int, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """New tensors for the output, as query [batch, tokens, num_heads * dim], and the lse [batch, num_heads, tokens] if wanted."""
+    batch, tokens, _ = query.shape
+    lse = torch.empty(batch, num_heads, tokens, dtype=torch.float32, device=query.device) if with_lse else None
+    return torch.empty_like(query), lse
 
 
 def new_keys(

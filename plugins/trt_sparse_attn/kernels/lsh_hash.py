@@ -62,13 +62,15 @@ def lsh_hash(
     tables: int | None = None,
     signature_bits: int | None = None,
     mean: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Hashes of the vectors of x [batch, tokens, num_heads * dim]: bit j is (x - mean) . projection[:, j] > 0, both as bfloat16.
 
     `bits` K (1 to 15) and `tables` L (1 to 1024): int16 [batch, tokens, num_heads, L], bit j of table l of column l * K + j.
     `signature_bits` (64, 128 or 256): words int32 [batch, tokens, num_heads, signature_bits / 32], bit j in bit j % 32 of
     word j // 32. projection fp32 [dim, L * K or signature_bits]; mean fp32 [num_heads, dim] or [batch, num_heads, dim].
-    As docs/ops/LshAttention.md; products are summed in fp32. UserError for what the kernel does not take.
+    `out`: codes to write to. As docs/ops/LshAttention.md; products are summed in fp32. UserError for what the kernel does not
+    take.
     """
     if x.dim() != 3 or num_heads < 1 or x.shape[-1] % num_heads:
         raise checks.UserError(f"x has shape {list(x.shape)}: must be [batch, tokens, {num_heads} heads * dim]")
@@ -91,7 +93,7 @@ def lsh_hash(
         checks.shaped("mean", mean, (num_heads, dim) if mean.dim() == 2 else (batch, num_heads, dim), torch.float32)
         mean_row = num_heads * dim if mean.dim() == 3 else 0
     checks.one_device(x=x, projection=projection, mean=mean)
-    codes = torch.empty(batch, tokens, num_heads, count, dtype=kind, device=x.device)
+    codes = torch.empty(batch, tokens, num_heads, count, dtype=kind, device=x.device) if out is None else out
     rows, padded = batch * tokens * num_heads, 16 if bits < 16 else 32
     block = COLUMNS // padded
     if rows:

@@ -46,11 +46,14 @@ def merge_kernel(
     tl.store(lse + at, tl.where(any_key, shift + tl.log(total), float("-inf")), there)
 
 
-def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def merge(
+    outputs: Sequence[Tensor], lses: Sequence[Tensor], out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """One (output, lse) of attention over all keys from those over parts of them.
 
     outputs: tensors [batch, tokens, heads * dim], all of one type; lses: [batch, heads, tokens] fp32, the natural logarithm of
     each part's sum of exponentials, -inf where it has no keys. Where no part has any, zeros and -inf. Parts are added in fp32.
+    `out`: output and lse to write to, of two parts or more.
     """
     if not outputs or len(outputs) != len(lses):
         raise checks.UserError(f"merge got {len(outputs)} outputs and {len(lses)} lses: must be as many, and one at least")
@@ -69,8 +72,11 @@ def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Te
     rows = batch * tokens * heads
     for i in range(1, len(outputs)):
         last = i == len(outputs) - 1
-        total = torch.empty(first.shape, dtype=first.dtype if last else torch.float32, device=first.device)
-        log = torch.empty_like(lse)
+        if last and out is not None:
+            total, log = out
+        else:
+            total = torch.empty(first.shape, dtype=first.dtype if last else torch.float32, device=first.device)
+            log = torch.empty_like(lse)
         if rows:
             with checks.device_of(first):
                 merge_kernel[(triton.cdiv(rows, BLOCK_R),)](

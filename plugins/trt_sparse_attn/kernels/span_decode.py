@@ -169,6 +169,11 @@ def workers_of(device: torch.device, element_bytes: int) -> int:
     return workers_per_sm(element_bytes, arch_of(device)) * processors
 
 
+def scratch_size(batch: int, kv_heads: int, group: int, dim: int, workers: int) -> int:
+    """Numbers that both launches of a step share: part [workers + pairs, group, dim], then part_lse [workers + pairs, group]."""
+    return (workers + batch * kv_heads) * group * (dim + 1)
+
+
 def span_decode(
     query: Tensor,
     key: Tensor,
@@ -190,12 +195,15 @@ def span_decode(
     return_lse: bool = False,
     update: bool = False,
     workers: int | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+    scratch: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of one token a row: output [batch, 1, num_heads * dim], with `return_lse` also lse [batch, num_heads, 1].
 
     query [batch, 1, num_heads * dim]; key, value [batch, 1, kv_heads * dim], the new token's, not in the caches yet; caches
     [batch, slots, dim]; length [batch]; span [batch, kv_heads]; capacity, offset [kv_heads]; all integers int32. `update` also
-    writes the new token to the caches, as `ring_update` does. `workers`: blocks that share the work, by default one wave.
+    writes the new token to the caches, as `ring_update` does. `workers`: blocks that share the work, by default one wave. `out`:
+    output and lse to write to; `scratch`: fp32, `scratch_size` elements or more, its content is lost.
     Meaning and limits as docs/ops/SpanAttention.md; UserError for what the kernels do not take, before anything is launched.
     """
     shape = checks.attention(query, key, value, key_cache, value_cache, length, span, capacity, offset, num_heads, sink, scale,
@@ -205,10 +213,10 @@ def span_decode(
     pairs, group = shape.batch * shape.kv_heads, shape.group
     workers = workers or workers_of(query.device, key_cache.element_size())
     launch = config(shape.dim, key_cache.element_size(), arch_of(query.device))
-    part = torch.empty(workers + pairs, group, shape.dim, dtype=torch.float32, device=query.device)
-    part_lse = torch.empty(workers + pairs, group, dtype=torch.float32, device=query.device)
-    output = torch.empty_like(query)
-    lse = torch.empty(shape.batch, num_heads, 1, dtype=torch.float32, device=query.device) if return_lse else None
+    size = scratch_size(shape.batch, shape.kv_heads, group, shape.dim, workers)
+    scratch = torch.empty(size, dtype=torch.float32, device=query.device) if scratch is None else scratch.view(-1)[:size]
+    part, part_lse = scratch[: size // (shape.dim + 1) * shape.dim], scratch[size // (shape.dim + 1) * shape.dim :]
+    output, lse = out or checks.results(query, num_heads, return_lse)
     numbers = (shape.scale if softcap else shape.scale * LOG2E, softcap, sink, pairs, shape.kv_heads, group, shape.slots)
     tile = {"D": shape.dim, "BLOCK_D": tile_dim(shape.dim), "BLOCK_N": launch.block_n, "BLOCK_P": BLOCK_P, "SOFTCAP": softcap > 0}
     with checks.device_of(query):

@@ -8,7 +8,6 @@ each runs over one list, and there are two such pairs of loops: one over the cac
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -236,19 +235,19 @@ def span_prefill(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     return_lse: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of a chunk: output [batch, tokens, num_heads * dim], with `return_lse` also lse [batch, num_heads, tokens].
 
     query [batch, tokens, num_heads * dim]; key, value [batch, tokens, kv_heads * dim], not in the caches yet; caches [batch,
     slots, dim]; length and new_tokens [batch]; span [batch, kv_heads]; capacity, offset [kv_heads]; all integers int32. Without
     caches (None, with length, capacity and offset) there is no past. Rows of `new_tokens` have fewer tokens: what is beyond gives
-    zeros and lse -inf. The caches are read only: `ring_update` writes the chunk. Meaning and limits as
-    docs/ops/SpanAttention.md; UserError for what the kernel does not take, before anything is launched.
+    zeros and lse -inf. The caches are read only: `ring_update` writes the chunk. `out`: output and lse to write to. Meaning and
+    limits as docs/ops/SpanAttention.md; UserError for what the kernel does not take, before anything is launched.
     """
     shape = checks.attention(query, key, value, key_cache, value_cache, length, span, capacity, offset, num_heads, sink, scale,
                              softcap, new_tokens, key_scale, value_scale)  # fmt: skip
-    output = torch.empty_like(query)
-    lse = torch.empty(shape.batch, num_heads, shape.tokens, dtype=torch.float32, device=query.device) if return_lse else None
+    output, lse = out or checks.results(query, num_heads, return_lse)
     launch = config(shape.dim, 2 if key_cache is None else key_cache.element_size(), arch_of(query.device))
     pairs = shape.batch * shape.kv_heads
     blocks = pairs * triton.cdiv(shape.tokens * shape.group, launch.block_m)

@@ -1,0 +1,47 @@
+# attnspan_debian_package(OUT PACKAGE SUITES...)
+#
+# Fetches a Debian package at configure time, into the build folder, without installing it: from the first of the suites that
+# serves it, by the system's own mirror and keys. Sets OUT to the folder that it was unpacked to, or leaves it alone: on systems
+# other than Debian, and where the archive does not serve it.
+function(attnspan_debian_package out package)
+  find_program(APT_GET apt-get)
+  find_program(DPKG_DEB dpkg-deb)
+  set(keys /usr/share/keyrings/debian-archive-keyring.gpg)
+  if(NOT APT_GET OR NOT DPKG_DEB OR NOT EXISTS ${keys})
+    return()
+  endif()
+  set(work ${CMAKE_CURRENT_BINARY_DIR}/${package})
+  file(MAKE_DIRECTORY ${work}/parts ${work}/lists/partial ${work}/cache/archives/partial ${work}/deb)
+  file(STRINGS /etc/os-release codename REGEX "^VERSION_CODENAME=")
+  string(REPLACE "VERSION_CODENAME=" "" codename "${codename}")
+  execute_process(
+    COMMAND ${APT_GET} indextargets --no-release-info --format "$(REPO_URI) $(RELEASE) $(COMPONENT)" "Created-By: Packages"
+    OUTPUT_VARIABLE rows ERROR_QUIET)
+  string(REGEX MATCHALL "[^\n]+ ${codename} main" rows "${rows}")
+  list(FILTER rows EXCLUDE REGEX "-security")
+  if(NOT rows)
+    return()
+  endif()
+  list(GET rows 0 row)
+  string(REGEX REPLACE " .*" "" uri "${row}")
+  set(options -o Dir::Etc::sourcelist=/dev/null -o Dir::Etc::sourceparts=${work}/parts -o Dir::State::lists=${work}/lists
+    -o Dir::Cache=${work}/cache -o Dir::State::status=/var/lib/dpkg/status -o Acquire::Languages=none)
+  foreach(suite ${ARGN})
+    message(STATUS "fetching ${package} from Debian ${suite}")
+    file(WRITE ${work}/parts/x.sources "Types: deb\nURIs: ${uri}\nSuites: ${suite}\nComponents: main\nSigned-By: ${keys}\n")
+    execute_process(COMMAND ${APT_GET} ${options} update OUTPUT_QUIET ERROR_VARIABLE log RESULT_VARIABLE failed)
+    if(NOT failed)
+      execute_process(COMMAND ${APT_GET} ${options} download ${package}/${suite} WORKING_DIRECTORY ${work}/deb
+        OUTPUT_QUIET ERROR_VARIABLE log RESULT_VARIABLE failed)
+    endif()
+    file(GLOB deb ${work}/deb/${package}_*.deb)
+    if(deb AND NOT failed)
+      list(GET deb 0 deb)
+      execute_process(COMMAND ${DPKG_DEB} -x ${deb} ${work}/root)
+      file(REMOVE_RECURSE ${work}/lists)
+      set(${out} ${work}/root PARENT_SCOPE)
+      return()
+    endif()
+  endforeach()
+  message(STATUS "the Debian archive did not serve ${package}: ${log}")
+endfunction()

@@ -1,0 +1,1 @@
+"""Existing ONNX files: their attention is recognised and lifted into the normal form."""
