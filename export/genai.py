@@ -23,6 +23,7 @@ import onnx_ir as ir
 from attnspan.export.graph import Recorder, value
 from attnspan.planner.errors import UserError
 from attnspan.planner.files import read_json
+from attnspan.planner.parts import refuse_sampled
 from attnspan.planner.plan import Plan
 from attnspan.planner.rules import BLOCK, MIN_SPAN
 
@@ -43,13 +44,11 @@ def check_genai(target: str, plan: Plan) -> None:
     """UserError, with the reason, for what onnxruntime-genai cannot carry."""
     if target != "cpu":
         raise UserError(f"--genai with --target {target}: onnxruntime-genai loads what target 'cpu' writes; drop one of the two")
-    for i, layer in enumerate(plan.rules):
-        for head, rule in enumerate(layer):
-            if rule.lsh is not None:
-                raise UserError(
-                    f"KV head {head} of layer {i} has mode 'lsh': onnxruntime-genai keeps keys and values of one type, and no "
-                    "index beside them; change --plan to heads of mode 'span' and 'dense', or drop --genai"
-                )
+    refuse_sampled(
+        plan,
+        "onnxruntime-genai keeps keys and values of one type, and no index beside them; change --plan to heads of mode 'span' "
+        "and 'dense', or drop --genai",
+    )
 
 
 def write_genai(folder: Path, plan: Plan, config: Mapping[str, Any], library: str) -> None:

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from attnspan.planner.errors import UserError
 from attnspan.planner.lsh import state_bytes
 from attnspan.planner.plan import Plan
 from attnspan.planner.rules import SINK, LshParams
 from attnspan.planner.shape import ModelShape
 
-__all__ = ["Part", "identity", "layer_parts", "plan_parts"]
+__all__ = ["Part", "identity", "layer_parts", "plan_parts", "refuse_sampled"]
 
 
 @dataclass(frozen=True)
@@ -118,3 +119,11 @@ def identity(part: Part, shape: ModelShape, n_max: int) -> int:
     }
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def refuse_sampled(plan: Plan, reason: str) -> None:
+    """UserError that names the first sampled head, if there is one; `reason`: why not, and the option to change."""
+    for i, layer in enumerate(plan.rules):
+        for head, rule in enumerate(layer):
+            if rule.lsh is not None:
+                raise UserError(f"KV head {head} of layer {i} has mode 'lsh': {reason}")

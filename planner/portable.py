@@ -10,12 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from attnspan.planner.errors import UserError
-from attnspan.planner.parts import Part
+from attnspan.planner.parts import Part, refuse_sampled
 from attnspan.planner.plan import Plan
 from attnspan.planner.rules import check_int
 
-__all__ = ["DEFAULT_CHUNK", "RingPart", "check_portable", "chunks", "portable_parts"]
+__all__ = ["DEFAULT_CHUNK", "RingPart", "chunks", "portable_parts"]
 
 DEFAULT_CHUNK = 256
 """Most tokens of a chunk: fewer cost speed in prefill, more cost slots."""
@@ -43,23 +42,15 @@ class RingPart(Part):
         return super().describe(head_dim) | {"cache_shape": list(self.cache_shape(head_dim))}
 
 
-def check_portable(plan: Plan) -> None:
-    """UserError when a plan has heads that standard ONNX cannot express."""
-    for i, layer in enumerate(plan.rules):
-        for head, rule in enumerate(layer):
-            if rule.lsh is not None:
-                raise UserError(
-                    f"KV head {head} of layer {i} has mode 'lsh': target 'portable' takes 'span' and 'dense', as standard ONNX "
-                    "cannot sample; change --plan, or export with --target cpu"
-                )
-
-
 def portable_parts(plan: Plan, chunk: int) -> list[RingPart]:
     """The parts of all layers, those of a layer in the order of their first heads; `chunk`: most tokens of a call.
 
     UserError for heads that sample, or a chunk out of range.
     """
-    check_portable(plan)
+    refuse_sampled(
+        plan,
+        "target 'portable' takes 'span' and 'dense', as standard ONNX cannot sample; change --plan, or export with --target cpu",
+    )
     chunk = check_int("chunk", chunk, 1, MAX_CHUNK, "; change --chunk")
     parts = []
     capacity = plan.capacities()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from attnspan.export.rewrite.attention import replace_attentions
-from attnspan.planner.errors import UserError
+from attnspan.planner.parts import refuse_sampled
 from attnspan.planner.plan import Plan
 from attnspan.planner.shape import ModelShape
 from attnspan.plugins.trt_sparse_attn.schema import SPAN_ATTENTION
@@ -20,13 +20,10 @@ def rewrite_tensorrt(model: ir.Model, plan: Plan, cache_dtype: ir.DataType, shap
 
     UserError for a plan with heads of mode `lsh`: the plugin does not sample.
     """
-    for i, layer in enumerate(plan.rules):
-        for head, rule in enumerate(layer):
-            if rule.lsh is not None:
-                raise UserError(
-                    f"KV head {head} of layer {i} has mode 'lsh': target 'tensorrt' takes 'span' and 'dense', as its plugin "
-                    "does not sample; change --plan, or export with --target cpu"
-                )
+    refuse_sampled(
+        plan,
+        "target 'tensorrt' takes 'span' and 'dense', as its plugin does not sample; change --plan, or export with --target cpu",
+    )
     replace_attentions(model, plan, cache_dtype, shape, "tensorrt")
     for node in [node for node in model.graph if node.op_type == "SpanAttention"]:
         node.resize_outputs(4)  # TensorRT wants all outputs of a plugin to have names
