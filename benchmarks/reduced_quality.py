@@ -80,7 +80,7 @@ def answers(model: Any, reduced: Reduced, item: Item, contenders: list[tuple[str
             logits = []
             for at in range(first - 1, last):
                 logits.append(model(tokens[:, at : at + 1], past_key_values=cache).logits[0, -1].float().numpy())
-            cache.crop(first - 1)
+            cache.crop(first - 1 - last)
             results.append(log_softmax(np.stack(logits)))
     return results
 
