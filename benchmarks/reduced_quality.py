@@ -2,7 +2,7 @@
 
     python benchmarks/reduced_quality.py MODEL [--lengths 2048,4096,8192] [--fractions 0.02,0.05,0.1] [--n 10] [-o results.json]
 
-PyTorch in bf16; prompts are computed exactly, decode steps attend to the first 64 tokens, the last 64 and a share of the rest:
+PyTorch in fp32; prompts are computed exactly, decode steps attend to the first 64 tokens, the last 64 and a share of the rest:
 the largest scores of each query head (`topk`, which has to compute all of them first), or the most recent tokens (`window`).
 Layers 0 and 16 attend to everything, as in plans made by `attnspan plan lsh`. The figures are those of `lsh_quality.py`.
 """
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("reduced_quality.json"))
     args = parser.parse_args()
     coder = Coder(args.model)
-    model, _ = load_model(args.model, "bf16")
+    model, _ = load_model(args.model, "fp32")
     reduced = Reduced()
     AttentionInterface.register(NAME, reduced.attend)
     AttentionMaskInterface.register(NAME, lambda *_, **__: None)
