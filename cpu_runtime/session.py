@@ -10,7 +10,6 @@ import numpy.typing as npt
 from attnspan.cpu_runtime.binding import Caches, StepBuffers
 from attnspan.cpu_runtime.loading import default_threads, open_session
 from attnspan.planner.errors import UserError
-from attnspan.planner.portable import chunks
 from attnspan.planner.rules import check_int
 from attnspan.runtime.artefact import Artefact
 from attnspan.runtime.memory import check_indexes_fit
@@ -113,13 +112,11 @@ class Session(RowSession):
             ) from None
 
     def _chunks(self, length: int, total: int) -> list[tuple[int, int]]:
-        if self.artefact.chunk is not None:
-            return chunks(length, total, self._chunk, self.artefact.chunk, self.artefact.sink)
+        found = super()._chunks(length, total)
         # No chunk of a prompt is a single token if possible: sampled heads would sample it.
-        starts = list(range(0, total, self._chunk))
-        if len(starts) > 1 and total - starts[-1] == 1 and self._chunk > 2 and self.state_bytes:
-            starts[-1] -= 1
-        return list(zip(starts, [*starts[1:], total], strict=True))
+        if self.state_bytes and self._chunk > 2 and len(found) > 1 and found[-1] == (total - 1, total):
+            found[-2:] = [(found[-2][0], total - 2), (total - 2, total)]
+        return found
 
     def _buffers(self, start: int, count: int) -> StepBuffers:
         return StepBuffers(self._session, self._caches, self.artefact, start, count)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from attnspan.planner.errors import UserError
+from attnspan.planner.portable import chunks
 from attnspan.planner.rules import check_int
 from attnspan.runtime.artefact import Artefact
 from attnspan.runtime.generate import IDLE, Generation, OnProgress
@@ -46,6 +47,8 @@ class RowSession(ABC):
     """
 
     _caches: RowCaches
+    _chunk: int
+    """Most tokens of a prompt that are computed at a time."""
 
     def __init__(self, artefact: Artefact, batch: int) -> None:
         self.artefact = artefact
@@ -197,9 +200,12 @@ class RowSession(ABC):
             on_progress=on_progress,
         )
 
-    @abstractmethod
-    def _chunks(self, length: int, total: int) -> Sequence[tuple[int, int]]:
+    def _chunks(self, length: int, total: int) -> list[tuple[int, int]]:
         """Where the chunks of `total` tokens begin and end, for a row that holds `length` before them."""
+        if self.artefact.chunk is not None:
+            return chunks(length, total, self._chunk, self.artefact.chunk, self.artefact.sink)
+        starts = list(range(0, total, self._chunk))
+        return list(zip(starts, [*starts[1:], total], strict=True))
 
     @abstractmethod
     def _compute_chunk(

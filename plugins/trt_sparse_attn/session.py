@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from attnspan.planner.errors import UserError
-from attnspan.planner.portable import chunks
 from attnspan.planner.rules import check_int
 from attnspan.plugins.trt_sparse_attn.execution import Context, Engine, check_tensors, choose_profile
 from attnspan.runtime.artefact import Artefact
@@ -85,12 +84,6 @@ class Session(RowSession):
                 f"no GPU memory for caches of {self.kv_bytes / 1e9:.1f} GB ({self.batch} rows of {artefact.n_max} tokens): "
                 "lower the batch, or export with a smaller --n-max or --density"
             ) from None
-
-    def _chunks(self, length: int, total: int) -> list[tuple[int, int]]:
-        if self.artefact.chunk is not None:
-            return chunks(length, total, self._chunk, self.artefact.chunk, self.artefact.sink)
-        starts = list(range(0, total, self._chunk))
-        return list(zip(starts, [*starts[1:], total], strict=True))
 
     def _compute_chunk(
         self, row: int, tokens: npt.NDArray[np.int64], span: npt.NDArray[np.int32], logits: npt.NDArray[np.float32] | None
