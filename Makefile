@@ -1,8 +1,10 @@
 # make install   .venv with the package, its op library and everything the tests need
 # make demo      the main job on a real model: plan, export, verify, generate, compare
 # make test      everything, in two processes (WORKERS=N); kernels on the GPU where there is one, else in Triton's interpreter
+# make test-samples  what takes minutes of the samples: load on the server, a replica that is killed, the demo
 # make test-gpu  what needs a GPU, and the kernels' tests on it
 # make lint      ruff and mypy
+# make docs      the documentation, in build/site; links and anchors are checked, nothing is fetched
 # make sanitize  the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +14,7 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY := passive
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo test test-gpu lint sanitize clean
+.PHONY: install demo test test-samples test-gpu lint docs sanitize clean
 install: $(VENV)/.installed
 
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt cpu_runtime/CMakeLists.txt $(wildcard cmake/*.cmake cpu_runtime/src/*)
@@ -29,7 +31,12 @@ demo: install
 	$(BIN)/python samples/demo.py demo
 
 test: install
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not samples"
+
+# One after the other: they measure.
+test-samples: install
+	$(BIN)/pytest -m samples
+	$(BIN)/python samples/demo.py build/demo
 
 test-gpu: install
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
@@ -42,7 +49,11 @@ lint: install
 	$(BIN)/ruff check .
 	@mkdir -p build/types/attnspan && touch build/types/attnspan/__init__.py
 	@for p in $(PACKAGES); do ln -sfn ../../../$$p build/types/attnspan/$$p; done
-	MYPYPATH=build/types $(BIN)/mypy $(addprefix -p attnspan.,$(PACKAGES))
+	MYPYPATH=build/types:samples $(BIN)/mypy $(addprefix -p attnspan.,$(PACKAGES)) -p server
+
+# The theme's authors announce a successor on every build otherwise.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 sanitize:
 	cmake -S . -B build/sanitize -DATTNSPAN_ORT=OFF -DATTNSPAN_TESTS=ON -DATTNSPAN_SANITIZE=ON > /dev/null

@@ -1,9 +1,10 @@
 """Checks every GPU kernel against an fp32 reference, then measures it beside PyTorch's, on a machine with an NVIDIA GPU.
 
-    python benchmarks/gpu.py [--plan plan.json] [--budget 480] [-o DIR]
+    python benchmarks/gpu.py [--plan plan.json] [--hybrid DIR] [--budget 480] [-o DIR]
     python benchmarks/gpu.py --dry-run      the same on tiny shapes, on a CPU under Triton's interpreter: times mean nothing
 
-Runs from a checkout: needs torch, triton and numpy, no installation. Writes gpu-<name of the GPU>.json, after every case, so that
+Runs from a checkout: needs torch, triton and numpy, no installation; --hybrid needs onnxruntime-gpu and the op library for it
+(ATTNSPAN_ORT_CUDA), too, and says so where they are missing. Writes gpu-<name of the GPU>.json, after every case, so that
 a run that is cut short leaves what it measured, and prints the tables. Exit status: 0; 1 when a kernel is wrong or fails; 2 for a
 mistake; 130 interrupted.
 """
@@ -52,11 +53,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, under Triton's interpreter")
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="start nothing that would not fit (480)")
     parser.add_argument("--plan", type=Path, metavar="FILE", help="a plan.json: measure its layer of median size, too")
-    parser.add_argument("--only", metavar="PHASES", help="of checks, decode, prefill, chunk, small, with commas (all)")
+    parser.add_argument("--hybrid", type=Path, metavar="DIR", help="an artefact of target hybrid: compare CUDA with the CPU, too")
+    parser.add_argument("--only", metavar="PHASES", help="of checks, hybrid, decode, prefill, chunk, small, with commas (all)")
     parser.add_argument("--seed", type=int, default=0, help="of tensors and made-up plans (0)")
     parser.add_argument("-o", "--output", type=Path, default=Path("."), metavar="DIR", help="folder of the results (.)")
     args = parser.parse_args(argv)
-    phases = ("checks", "decode", "prefill", "chunk", "small")
+    phases = ("checks", "hybrid", "decode", "prefill", "chunk", "small")
     args.only = set(phases if args.only is None else args.only.split(","))
     for word in sorted(args.only - set(phases)):
         raise MistakeError(f"--only holds '{word}'; allowed are {', '.join(phases)}")
@@ -97,7 +99,7 @@ class Run:
         self.longest: dict[str, float] = {}
         self.result: dict[str, Any] = {
             "machine": machine, "budget_seconds": args.budget, "seed": args.seed, "seconds": 0.0, "copy_bytes_per_second": None,
-            "checks": [], "records": [], "targets": [], "notes": [],
+            "checks": [], "hybrid": None, "records": [], "targets": [], "notes": [],
             "failed": [], "not_run": [],
         }  # fmt: skip
 
@@ -161,6 +163,8 @@ def run(args: argparse.Namespace) -> int:
 
     for name, work in gpu_checks.checks(device, kernels, args.dry_run):
         this.item("checks", f"check {name}", lambda work=work: check(work))
+    if args.hybrid is not None:
+        this.item("hybrid", f"hybrid {args.hybrid}", lambda: hybrid(args, result))
     watch = gpu_timing.Stopwatch(device)
     size = 1 << 20 if args.dry_run else min(2 << 30, torch.cuda.get_device_properties(device).total_memory // 8)
     copy = result["copy_bytes_per_second"] = gpu_timing.copy_bandwidth(watch, size)
@@ -188,6 +192,21 @@ def run(args: argparse.Namespace) -> int:
     print(gpu_report.markdown(result), end="")
     print(f"\n{this.path}", file=sys.stderr)
     return 0 if all(c["ok"] for c in result["checks"]) and not result["failed"] else 1
+
+
+def hybrid(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Compare an artefact's tokens, or note why they cannot be compared here."""
+    import gpu_hybrid
+
+    from attnspan.planner.errors import UserError
+
+    try:
+        found = gpu_hybrid.check(args.hybrid, args.output)
+    except UserError as error:
+        result["notes"].append(f"not compared: {args.hybrid}: {error}")
+        return
+    result["hybrid"] = found
+    result["checks"].append({name: found[name] for name in ("kernel", "case", "error", "limit", "ok")})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -113,6 +113,9 @@ def markdown(result: Record) -> str:
             ],
         )
     )
+    if hybrid := result.get("hybrid"):
+        out.append(f"\n{hybrid['case']}: {hybrid['tokens_equal']} of {hybrid['tokens']} tokens equal\n")
+        out += ["```", *hybrid["table"], "```"]
     decode = [r for r in records if r["phase"] == "decode"]
     out += _section(
         "Decode: bytes of kept keys and values",

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnspan.calibration import target_plan
+from attnspan.calibration.target_plan import at_length, read_size
 from attnspan.planner.errors import UserError
 from attnspan.planner.files import write_whole
 from attnspan.planner.rules import check_int, check_number
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 KIND = "calibrated"
 GRIDS = ("reference", "fine", "proportional")
+_SEARCH = {"points": 3, "rounds": 2, "ablate": 0, "search": 0}
+"""Options of the search among spans, and their defaults."""
 SHORT = 16384
 """Contexts below this get the fine grid by default: the reference's steps of 1024 tokens are half of 2k."""
 
@@ -47,22 +51,21 @@ def register_plan(kinds: Any) -> None:
     )
     budget.add_argument("--cost-table", type=Path, metavar="FILE", help="figures of attnspan bench attention --json FILE")
     budget.add_argument("--cache-dtype", default="bf16", help="fp32, fp16, bf16 (default) or int8")
+    target_plan.register_target(parser)
     rules = parser.add_argument_group("rules")
     rules.add_argument("--n-max", type=int, help="longest sequence (default: what the model was made for)")
     rules.add_argument("--grid", help=f"{', '.join(GRIDS)} (default: fine below {SHORT} tokens, else reference)")
     rules.add_argument("--alphas", help="own grid: tokens, with commas")
     rules.add_argument("--betas", help="own grid: shares of the length, with commas")
-    rules.add_argument("--max-rules-per-layer", default="2", metavar="K", help="distinct rules of a layer, or none (default 2)")
+    rules.add_argument(
+        "--max-rules-per-layer", metavar="K", help="distinct rules of a layer, or none (default 2; none with --target)"
+    )
     search = parser.add_argument_group("search")
     search.add_argument("--estimator", default=None, help="entry, joint, joint_positive or joint_absolute (default)")
-    search.add_argument("--points", type=int, default=3, help="points of the Pareto front per length (default 3)")
-    search.add_argument("--rounds", type=int, default=2, help="profiles with the plan in force (default 2)")
-    search.add_argument(
-        "--ablate", type=int, default=0, metavar="HEADS", help="measure so many of the most sensitive heads (default 0)"
-    )
-    search.add_argument(
-        "--search", type=int, default=0, metavar="TRIALS", help="swaps tried on the measured answer loss (default 0)"
-    )
+    search.add_argument("--points", type=int, help="points of the Pareto front per length (default 3)")
+    search.add_argument("--rounds", type=int, help="profiles with the plan in force (default 2)")
+    search.add_argument("--ablate", type=int, metavar="HEADS", help="measure so many of the most sensitive heads (default 0)")
+    search.add_argument("--search", type=int, metavar="TRIALS", help="swaps tried on the measured answer loss (default 0)")
     search.add_argument(
         "--no-validate", action="store_true", help="take the balanced plan; the model is not needed without rounds"
     )
@@ -78,6 +81,15 @@ def run_plan(args: argparse.Namespace) -> int:
     from attnspan.calibration.estimators import DEFAULT, ESTIMATORS
     from attnspan.calibration.folder import Calibration
 
+    if args.target is not None:
+        return _run_target(args)
+    for name in target_plan.OPTIONS:
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} needs --target: hybrid or cpu; add it, or drop the option")
+    for name, value in _SEARCH.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.max_rules_per_layer = args.max_rules_per_layer or "2"
     for name, most in (("rounds", 100), ("ablate", 2**20), ("search", 10**6)):
         check_int(f"--{name}", getattr(args, name), 0, most)
     args.estimator = args.estimator or DEFAULT
@@ -90,21 +102,43 @@ def run_plan(args: argparse.Namespace) -> int:
     return _write(args, cal, maker, _candidates(args, cal, maker, dense))
 
 
-def _maker(args: argparse.Namespace, cal: Calibration) -> Maker:
-    from attnspan.calibration.candidates import Maker
+def _run_target(args: argparse.Namespace) -> int:
+    """Spans, dense and sampled heads under one budget."""
+    from attnspan.calibration.folder import Calibration
 
+    for name in ("density", "kv_bytes", "milliseconds", "estimator", *_SEARCH):
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} does not go with --target {args.target}: bounds are --gpu-kv, --cpu-kv, --kv, "
+                "--read and --ms-per-token, and nothing is searched; drop it"
+            )
+    args.max_rules_per_layer = args.max_rules_per_layer or "none"
+    cal = Calibration.load(args.calibration)
+    n_max, limit = _n_max(args, cal), _limit(args)
+    _profiles(cal)  # an unfinished calibration is found before anything is measured
+    return target_plan.run_target(args, cal, n_max, _rules(args, sorted({*cal.lengths, n_max})), limit)
+
+
+def _n_max(args: argparse.Namespace, cal: Calibration) -> int:
     n_max = cal.limit if args.n_max is None else args.n_max
     if n_max is None:
         raise UserError("the model's config does not tell how long a text it was made for; give --n-max")
     least = max(*cal.lengths, cal.held_out_length)
-    check_int(
+    return check_int(
         "n_max", n_max, least, cal.limit or 2**30, ": the longest text of the calibration to the model's limit; change --n-max"
     )
-    limit = (
-        None
-        if args.max_rules_per_layer == "none"
-        else _whole("rules per layer", args.max_rules_per_layer, "--max-rules-per-layer")
-    )
+
+
+def _limit(args: argparse.Namespace) -> int | None:
+    if args.max_rules_per_layer == "none":
+        return None
+    return _whole("rules per layer", args.max_rules_per_layer, "--max-rules-per-layer")
+
+
+def _maker(args: argparse.Namespace, cal: Calibration) -> Maker:
+    from attnspan.calibration.candidates import Maker
+
+    n_max, limit = _n_max(args, cal), _limit(args)
     rules = _rules(args, sorted({*cal.lengths, n_max}))
     return Maker(cal.shape, n_max, rules, _budget(args, cal, n_max), limit, args.estimator)
 
@@ -136,8 +170,8 @@ def _budget(args: argparse.Namespace, cal: Calibration, n_max: int) -> Budget:
     if args.density is not None:
         check_number("density", args.density, 0.0, 1.0, "; change --density")
         density = dict.fromkeys(sorted({*cal.lengths, n_max}), args.density)
-    kv = dict([_at(args.kv_bytes, n_max, "--kv-bytes", _size)]) if args.kv_bytes else {}
-    ms = dict([_at(args.milliseconds, n_max, "--milliseconds", float)]) if args.milliseconds else {}
+    kv = dict([at_length(args.kv_bytes, n_max, "--kv-bytes", _size, "512MB@8192")]) if args.kv_bytes else {}
+    ms = dict([at_length(args.milliseconds, n_max, "--milliseconds", float, "3@8192")]) if args.milliseconds else {}
     cost = None if args.cost_table is None else DecodeCost.load(args.cost_table)
     return Budget(density, kv, ms, args.cache_dtype, cost)
 
@@ -277,17 +311,6 @@ def _numbers(text: str, option: str) -> list[float]:
 
 
 def _size(text: str) -> float:
-    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 1e3, "MB": 1e6, "GB": 1e9, "B": 1}
-    for unit, size in units.items():
-        if text.endswith(unit):
-            return float(text[: -len(unit)]) * size
-    return float(text)
-
-
-def _at(text: str, n_max: int, option: str, read: Any) -> tuple[int, float]:
-    """`VALUE[@N]`."""
-    value, _, n = text.partition("@")
-    try:
-        return (int(n) if n else n_max), read(value)
-    except ValueError:
-        raise UserError(f"{option} is {text!r}: must be a value, perhaps with @ and a length, such as 512MB@8192") from None
+    size = read_size(text, "--kv-bytes")
+    assert size is not None
+    return size

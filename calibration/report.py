@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from attnspan.calibration import report_figures as draw
+from attnspan.calibration import report_kinds
 from attnspan.calibration.report_html import document, figures, fold, table
 from attnspan.planner.cost import allocated_bytes, cost, cost_table, format_bytes
 from attnspan.planner.inspect import summarise
@@ -64,6 +65,7 @@ def page(report: Report) -> str:
     """The HTML document."""
     sections = [
         ("spans", "Span of every head", _spans(report)),
+        ("kinds", "Spans, dense and sampled heads", report_kinds.section(report.plan)),
         ("distribution", "How many heads keep how much", _distribution(report)),
         ("front", "Candidates by predicted loss", _front(report)),
         ("measured", "Predicted and measured loss", _measured(report)),

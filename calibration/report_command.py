@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from attnspan.calibration.folder import Calibration
     from attnspan.calibration.report import Candidate, Report
 
-_OPTIONS = re.compile(r"(?:^|_)(density|kv_bytes|milliseconds|grid|alphas|betas|n_max|estimator|rules)=")
+_OPTIONS = re.compile(
+    r"(?:^|_)(density|kv_bytes|milliseconds|grid|alphas|betas|n_max|estimator|rules|target|gpu_kv|cpu_kv|kv|read|ms_per_token|"
+    r"other_ms|lsh_cost_table|kinds|index|fractions|sampling_items|cache_dtype)="
+)
 """Words in the name of a set of candidates, as `attnspan plan` gives it."""
 
 
@@ -144,7 +147,11 @@ def _candidates(rows: Any, where: str, plans: Mapping[str, Plan]) -> tuple[Candi
 
 def _budget(options: Mapping[str, Any]) -> str:
     """The budget in words; empty when it is not known."""
-    names = {"density": "density {}", "kv_bytes": "KV cache of {}", "milliseconds": "{} ms of attention a token"}
+    names = {
+        "density": "density {}", "kv_bytes": "KV cache of {}", "milliseconds": "{} ms of attention a token",
+        "gpu_kv": "{} on the GPU", "cpu_kv": "{} on the CPU", "kv": "KV caches and indexes of {}",
+        "read": "{} of dense reads a token", "ms_per_token": "{} ms a token",
+    }  # fmt: skip
     return ", ".join(text.format(options[key]) for key, text in names.items() if key in options)
 
 

@@ -37,12 +37,21 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--batch", metavar="B", type=int, default=1, help="rows, each with a prompt of its own (1)")
     parser.add_argument("--threads", metavar="T", type=int, help="threads (default: physical cores)")
     parser.add_argument("--no-library", action="store_true", help="run attention as standard ONNX: slow")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="hybrid: where all but the sampling runs (cpu)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures to this file")
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        type=Path,
+        help="of one artefact, and in place of the measurement: where the time of the prompt and of a few steps goes, as a "
+        "table, a Chrome trace in FILE (.json) and a picture beside it (.png)",
+    )
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
     from attnspan.cpu_runtime.bandwidth import ReadPass
+    from attnspan.cpu_runtime.bench_trace import STEPS
     from attnspan.cpu_runtime.bench_worker import Worker
     from attnspan.cpu_runtime.loading import default_threads
     from attnspan.planner.files import write_whole
@@ -50,16 +59,19 @@ def _run(args: argparse.Namespace) -> int:
 
     _check(args)
     artefacts = [Artefact.load(folder) for folder in args.artefacts]
-    tokens = args.prompt_tokens + args.new_tokens
+    new_tokens = args.new_tokens if args.trace is None else STEPS
+    tokens = args.prompt_tokens + new_tokens
     for artefact in artefacts:
         if tokens > artefact.n_max:
             raise UserError(
-                f"{args.prompt_tokens} prompt and {args.new_tokens} new tokens make {tokens}: "
+                f"{args.prompt_tokens} prompt and {new_tokens} new tokens make {tokens}: "
                 f"{artefact.folder} was built for n_max = {artefact.n_max}; change --prompt-tokens"
             )
     prompts = _prompts(args.batch, args.prompt_tokens, min(artefact.vocab_size for artefact in artefacts))
     threads = args.threads or default_threads()
-    options = {"batch": args.batch, "threads": threads, "use_library": not args.no_library}
+    options = {"batch": args.batch, "threads": threads, "use_library": not args.no_library, "device": args.device}
+    if args.trace is not None:
+        return _trace(args, artefacts[0], prompts, options)
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(folder, options)) for folder in args.artefacts]
         read_pass = ReadPass(threads)
@@ -78,6 +90,21 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _trace(args: argparse.Namespace, artefact: Artefact, prompts: list[list[int]], options: dict[str, Any]) -> int:
+    from attnspan.cpu_runtime.bench_trace import chrome_trace, record, table
+    from attnspan.cpu_runtime.bench_trace_picture import check_matplotlib, draw
+    from attnspan.planner.files import write_whole
+
+    check_matplotlib()
+    runs = record(artefact, prompts, options)
+    label = f"{artefact.folder}: {args.batch} x {args.prompt_tokens} tokens, {options['threads']} threads, device {args.device}"
+    write_whole(args.trace, json.dumps(chrome_trace(runs, label)).encode("utf-8"))
+    picture = args.trace.with_suffix(".png")
+    draw(runs, picture, label)
+    print(f"{table(runs)}\n{args.trace}: open it in chrome://tracing or ui.perfetto.dev; {picture}")
+    return 0
+
+
 def _check(args: argparse.Namespace) -> None:
     from attnspan.planner.rules import check_int
 
@@ -85,8 +112,15 @@ def _check(args: argparse.Namespace) -> None:
         check_int(name, getattr(args, name), low, 2**30, f"; change --{name.replace('_', '-')}")
     if args.threads is not None:
         check_int("threads", args.threads, 1, 4096, "; change --threads")
-    if args.json is not None and not args.json.resolve().parent.is_dir():
-        raise UserError(f"the folder of {args.json} does not exist; change --json")
+    for option, file in (("--json", args.json), ("--trace", args.trace)):
+        if file is not None and not file.resolve().parent.is_dir():
+            raise UserError(f"the folder of {file} does not exist; change {option}")
+    if args.trace is None:
+        return
+    if args.trace.suffix != ".json":
+        raise UserError(f"the trace is {args.trace}: its name must end in .json; change --trace")
+    if len(args.artefacts) != 1 or args.json is not None:
+        raise UserError(f"--trace takes one artefact, and no --json: {len(args.artefacts)} artefacts are given")
 
 
 def _prompts(batch: int, tokens: int, vocab_size: int) -> list[list[int]]:

@@ -63,6 +63,9 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--dtype", default="bf16", help="fp32, fp16, bf16 or int8: type of the cache (bf16)")
     parser.add_argument("--threads", help="threads (default: all cores)")
     parser.add_argument("--baselines", default=",".join(_BASELINES), help="some of the default, or none")
+    parser.add_argument(
+        "--library", metavar="SO", type=Path, help="another build of the op library: its dense kernel is one baseline more"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (9)")
     parser.add_argument("--append", metavar="N", type=int, default=0, help="then append N tokens, and time each step (0)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures to this file")
@@ -127,6 +130,8 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     batches = _some(_list(args.batch, int, "--batch", "row counts"), "--batch")
     for batch in batches:
         check_int("batch", batch, 1, 65536, "; change --batch")
+    if args.library is not None and not args.library.is_file():
+        raise UserError(f"--library is {args.library}, which does not exist; must be a libattnspan_ort.so")
     check_int("rounds", args.rounds, 1, 10**6, "; change --rounds")
     check_int("tokens to append", args.append, 0, 2**20, "; change --append")
     if args.dtype not in DTYPES:
@@ -140,7 +145,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     shapes = {name: _shape(args, captures[name]) for name in sources}
     cases = [
         Case(name, captures[name], context, batch, args.ragged, *shapes[name], args.dtype, indexes, baselines, args.rounds,
-             args.window, args.append, args.seed)
+             args.window, args.append, args.seed, args.library)
         for name, context, batch in product(sources, contexts, batches)
     ]  # fmt: skip
     for case in cases:

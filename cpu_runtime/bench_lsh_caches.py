@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,17 @@ class Caches:
                     arrays[0][b, h, : len(bits)] = _stored(bits, dtype, scale[h])
             for other in arrays[1:]:
                 other[:] = arrays[0]
+
+    @cached_property
+    def pairs(self) -> list[npt.NDArray[Any]]:
+        """The same as LshAttention wants it: [batch, kv_heads * capacity, 2 * head_dim], each value behind its key."""
+        batch, kv_heads, capacity, head_dim = self.key[0].shape
+        found = [huge((batch, kv_heads * capacity, 2 * head_dim), NUMPY[self.dtype]) for _ in range(self.copies)]
+        for i, array in enumerate((self.key[0], self.value[0])):
+            found[0].reshape(batch, kv_heads, capacity, 2, head_dim)[:, :, :, i] = array
+        for other in found[1:]:
+            other[:] = found[0]
+        return found
 
     @staticmethod
     def bytes_each(batch: int, kv_heads: int, capacity: int, head_dim: int, dtype: str) -> int:

@@ -48,6 +48,7 @@ class Case:
     window: int
     append: int
     seed: int
+    library: Path | None = None
 
     @property
     def contexts(self) -> list[int]:
@@ -95,6 +96,7 @@ class Case:
         copies = self.copies()
         need = (
             sum(self._bytes(kind) * count for kind, count in copies.items())
+            + self._bytes(self.dtype) * copies[self.dtype] * bool(self.indexes)
             + 2 * self._bytes("bf16") // self.batch
             + _OTHER_BYTES
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,7 +92,9 @@ class Lsh:
         return f"signature {p.signature_bits} h{least}" + (f"-{most}" if most > least else "")
 
 
-def _session(node: Any, infos: list[Any], outputs: list[Any], constants: dict[str, Floats], threads: int, custom: bool) -> Any:
+def _session(
+    node: Any, infos: list[Any], outputs: list[Any], constants: dict[str, Floats], threads: int, custom: Path | None
+) -> Any:
     import onnxruntime as ort
     from onnx import helper, numpy_helper
 
@@ -102,8 +105,8 @@ def _session(node: Any, infos: list[Any], outputs: list[Any], constants: dict[st
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
-    if custom:
-        options.register_custom_ops_library(str(library_path()))
+    if custom is not None:
+        options.register_custom_ops_library(str(custom))
     try:
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # pybind11 classes without a common base
@@ -128,6 +131,7 @@ class _Onnx:
         rank3 = (batch, self.kv_heads * self._capacity, self._dim)
         self.cache_shape = rank3 if domain == "attnspan" else caches.key[0].shape
         self.in_place = {"key": caches.key, "value": caches.value}
+        self.library = library_path()
 
     def open(self, names: list[str], constants: dict[str, Floats]) -> Callable[[int], None]:
         """A session whose inputs have these names in order, "" for none; the function that runs it on a copy."""
@@ -138,14 +142,14 @@ class _Onnx:
         shapes: dict[str, Any] = {name: array.shape for name, (_, array) in self.arrays.items()}
         for name, copies in past.items():
             types[name] = "uint8" if name == "past_state" else self._caches.dtype
-            shapes[name] = copies[0].shape if name == "past_state" else self.cache_shape
+            shapes[name] = copies[0].shape if name in ("past_state", "past_kv") else self.cache_shape
         outputs = ["output", *("present" + name.removeprefix("past") for name in past)]
         node = helper.make_node(self._op, names, outputs, domain=self._domain, **self._attributes)
         infos = [helper.make_tensor_value_info(n, ELEMENT[types[n]], shapes[n]) for n in names if n in types]
         results = [helper.make_tensor_value_info("output", ELEMENT["fp32"], self.output.shape)] + [
             helper.make_tensor_value_info("present" + n.removeprefix("past"), ELEMENT[types[n]], shapes[n]) for n in past
         ]
-        session = _session(node, infos, results, constants, self._threads, self._domain == "attnspan")
+        session = _session(node, infos, results, constants, self._threads, self.library if self._domain == "attnspan" else None)
         bindings = []
         for copy in range(self._caches.copies):
             binding = session.io_binding()
@@ -200,14 +204,16 @@ def _scales(node: _Onnx, caches: Caches) -> list[str]:
     return ["key_scale", "value_scale"]
 
 
-def dense(caches: Caches, feed: Feed, threads: int) -> Contender:
-    """SpanAttention whose heads keep everything."""
+def dense(caches: Caches, feed: Feed, threads: int, library: Path | None = None) -> Contender:
+    """SpanAttention whose heads keep everything, of this library or another build of it."""
     batch, kv_heads, capacity, _ = caches.key[0].shape
     node = _Onnx(caches, feed, threads, "SpanAttention", "attnspan", capacity=[capacity] * kv_heads, sink=SINK, scale=feed.scale)
     write = _lengths(node, feed)
     node.arrays["span"] = ("int32", np.full((batch, kv_heads), capacity, np.int32))
     names = ["query", "key", "value", "past_key", "past_value", "length", "span", *_scales(node, caches)]
-    return node.contender("attnspan-dense", "attnspan-dense", node.attend(node.open(names, {}), write))
+    name = "attnspan-dense" if library is None else "other-dense"
+    node.library = library or node.library
+    return node.contender(name, name, node.attend(node.open(names, {}), write))
 
 
 def sampled(caches: Caches, feed: Feed, threads: int, lsh: Lsh, state_bytes: int) -> Contender:
@@ -220,8 +226,9 @@ def sampled(caches: Caches, feed: Feed, threads: int, lsh: Lsh, state_bytes: int
     node = _Onnx(caches, feed, threads, "LshAttention", "attnspan", sink=SINK, window=params.window, scale=feed.scale,
                  index=params.index, dense_below=0, min_inclusion=params.min_inclusion, **attributes)  # fmt: skip
     write = _lengths(node, feed)
+    node.in_place = {"kv": caches.pairs}
     node.in_place["state"] = [huge((len(feed.contexts), state_bytes), NUMPY["uint8"]) for _ in range(caches.copies)]
-    names = ["query", "key", "value", "past_key", "past_value", "past_state", "length", "projection", *_scales(node, caches)]
+    names = ["query", "key", "value", "past_kv", "past_state", "length", "projection", *_scales(node, caches)]
     run = node.open(names, {"projection": lsh.projection})
     return node.contender(params.index, lsh.label, node.attend(run, write), moves=True, lsh=lsh)
 

@@ -115,13 +115,14 @@ def _draw(lsh: Lsh, scale: float) -> Draw:
 def _contenders(case: Case, stores: Mapping[str, Caches], feed: Feed, indexes: list[Lsh], threads: int) -> list[Contender]:
     makers: dict[str, Callable[[], Contender]] = {
         "attnspan-dense": lambda: contenders.dense(stores[case.dtype], feed, threads),
+        "other-dense": lambda: contenders.dense(stores[case.dtype], feed, threads, case.library),
         "ort-gqa": lambda: contenders.ort_gqa(stores["fp32"], feed, threads),
         "ort-gqa-int8": lambda: contenders.ort_gqa(stores["int8-one"], feed, threads),
         "torch-sdpa": lambda: contenders.torch_sdpa(stores[case.torch_dtype], feed, threads),
     }
-    chosen = [make() for name, make in makers.items() if name in case.baselines]
+    chosen = [make() for name, make in makers.items() if name in case.baselines or (name == "other-dense" and case.library)]
     own = [contenders.sampled(stores[case.dtype], feed, threads, lsh, case.state_bytes(lsh.params)) for lsh in indexes]
-    first = sum(one.kernel == "attnspan-dense" for one in chosen)
+    first = sum(one.kernel.endswith("-dense") for one in chosen)
     return chosen[:first] + own + chosen[first:]
 
 

@@ -11,16 +11,16 @@ from attnspan.cpu_runtime.bench_lsh_draw import ROWS, Mask
 from attnspan.cpu_runtime.lsh_keys import Floats, rounded
 from attnspan.planner.rules import SKETCH_ROUNDS
 
-__all__ = ["SketchDraw"]
+__all__ = ["SketchDraw", "rotation", "sketches"]
 
 # The levels of two bits (Lloyd and Max, of a normal variable) and the edge between them; the largest entry of a table
 # of products; how steeply probabilities follow the estimates, and the least of them as a share of the fraction; the thresholds
 # that groups of tokens are drawn by; the groups, and the histogram, that a query finds its offset from.
-_LEVELS, _EDGE = np.array([-1.5104, -0.4528, 0.4528, 1.5104], np.float32), np.float32(0.9816)
+LEVELS, _EDGE = np.array([-1.5104, -0.4528, 0.4528, 1.5104], np.float32), np.float32(0.9816)
 _TOP_ENTRY = 63
-_SHARPNESS, _LEAST_SHARE = np.float32(0.85), 0.0625
-_GROUP, _THRESHOLDS, _STRIDE = 64, 16384, 10127
-_OFFSET_GROUPS, _BINS, _RANGE = 32, 256, 24.0
+SHARPNESS, LEAST_SHARE = np.float32(0.85), 0.0625
+GROUP, _THRESHOLDS, _STRIDE = 64, 16384, 10127
+OFFSET_GROUPS, BINS, RANGE = 32, 256, 24.0
 
 
 class SketchDraw:
@@ -31,9 +31,9 @@ class SketchDraw:
     """
 
     def __init__(self, signs: Floats, fraction: float, scale: float) -> None:
-        self._rotation, self._fraction, self._scale = _rotation(signs), fraction, np.float32(scale)
-        self._floor = _LEAST_SHARE * fraction
-        rank = np.arange(_THRESHOLDS + _GROUP) * _STRIDE % _THRESHOLDS
+        self._rotation, self._fraction, self._scale = rotation(signs), fraction, np.float32(scale)
+        self._floor = LEAST_SHARE * fraction
+        rank = np.arange(_THRESHOLDS + GROUP) * _STRIDE % _THRESHOLDS
         self._thresholds = np.log((rank + 0.5) / _THRESHOLDS).astype(np.float32)
 
     def index(self, head: int, key: Floats) -> None:
@@ -45,25 +45,20 @@ class SketchDraw:
 
     def _encode(self, key: Floats) -> tuple[npt.NDArray[np.uint8], Floats]:
         """Codes [bytes, tokens], four dimensions to a byte, and factors [tokens] that make products right on average."""
-        x = key @ self._rotation
-        square = np.einsum("td,td->t", x, x, dtype=np.float64)
-        unit = x * np.sqrt(x.shape[1] / np.where(square > 0, square, 1)).astype(np.float32)[:, None]
-        level = (unit >= -_EDGE).astype(np.uint8) + (unit > 0) + (unit > _EDGE)
-        product = np.einsum("td,td->t", _LEVELS[level], x, dtype=np.float64)
-        factor = np.where(square > 0, square / np.where(product > 0, product, 1), 0).astype(np.float32)
-        level = np.pad(level, ((0, 0), (0, -x.shape[1] % 4)))
+        level, factor = sketches(key, self._rotation)
+        level = np.pad(level, ((0, 0), (0, -level.shape[1] % 4)))
         codes = level[:, 0::4] | level[:, 1::4] << 2 | level[:, 2::4] << 4 | level[:, 3::4] << 6
-        return np.ascontiguousarray(codes.T), rounded(factor)
+        return np.ascontiguousarray(codes.T), factor
 
     def _estimates(self, query: Floats, first: int, last: int) -> Floats:
         """Estimated scores of one query [head_dim] with the keys first to last, less that with their mean."""
         q = (query * self._scale) @ self._rotation
         q = np.pad(q, (0, -len(q) % 4))
         even, odd = q[0::2], q[1::2]
-        most = _LEVELS[3] * (np.abs(even) + np.abs(odd))
+        most = LEVELS[3] * (np.abs(even) + np.abs(odd))
         step = np.float32(2 * most.max() / _TOP_ENTRY) if most.any() else np.float32(1)
         code = np.arange(16)
-        pair = _LEVELS[code & 3] * even[:, None] + _LEVELS[code >> 2] * odd[:, None]
+        pair = LEVELS[code & 3] * even[:, None] + LEVELS[code >> 2] * odd[:, None]
         entry = np.floor((pair + most[:, None]) * (np.float32(1) / step) + np.float32(0.5)).astype(np.uint8)
         byte = np.arange(256)
         table = entry[0::2, byte & 15] + entry[1::2, byte >> 4]
@@ -75,11 +70,11 @@ class SketchDraw:
 
     def log_inclusion(self, query: Floats, first: int, last: int) -> Floats:
         """Logarithms of the probabilities that one query [head_dim] draws the keys first to last."""
-        y = _SHARPNESS * self._estimates(query, first, last)
-        begin = -(-first // _GROUP)
-        count = last // _GROUP - begin  # groups that lie wholly between
-        some = begin + np.arange(min(count, _OFFSET_GROUPS)) * count // min(count, _OFFSET_GROUPS)
-        seen = y[(some[:, None] * _GROUP + np.arange(_GROUP)).ravel() - first]
+        y = SHARPNESS * self._estimates(query, first, last)
+        begin = -(-first // GROUP)
+        count = last // GROUP - begin  # groups that lie wholly between
+        some = begin + np.arange(min(count, OFFSET_GROUPS)) * count // min(count, OFFSET_GROUPS)
+        seen = y[(some[:, None] * GROUP + np.arange(GROUP)).ravel() - first]
         c = _offset(seen, self._fraction * len(seen), self._floor)
         return np.asarray(np.clip(y + np.float32(c), np.float32(math.log(self._floor)), np.float32(0)))
 
@@ -88,13 +83,24 @@ class SketchDraw:
         token = np.arange(first, last)
         mask = np.empty((len(query), last - first), np.bool_)
         for g, one in enumerate(query):
-            start = _starts(position, self._head * len(query) + g, np.arange(-(-last // _GROUP)))
-            threshold = self._thresholds[start[token // _GROUP] + token % _GROUP]
+            start = _starts(position, self._head * len(query) + g, np.arange(-(-last // GROUP)))
+            threshold = self._thresholds[start[token // GROUP] + token % GROUP]
             mask[g] = self.log_inclusion(one, first, last) > threshold
         return mask, (len(self._codes) + 2) * (last - first)
 
 
-def _rotation(signs: Floats) -> Floats:
+def sketches(key: Floats, turn: Floats) -> tuple[npt.NDArray[np.uint8], Floats]:
+    """Levels [tokens, head_dim], 0 to 3, and factors [tokens] of centred keys [tokens, head_dim]; turn: of `rotation`."""
+    x = key @ turn
+    square = np.einsum("td,td->t", x, x, dtype=np.float64)
+    unit = x * np.sqrt(x.shape[1] / np.where(square > 0, square, 1)).astype(np.float32)[:, None]
+    level = (unit >= -_EDGE).astype(np.uint8) + (unit > 0) + (unit > _EDGE)
+    product = np.einsum("td,td->t", LEVELS[level], x, dtype=np.float64)
+    factor = np.where(square > 0, square / np.where(product > 0, product, 1), 0).astype(np.float32)
+    return level, rounded(factor)
+
+
+def rotation(signs: Floats) -> Floats:
     """What turns vectors by x @ rotation: four times signs, and a Hadamard transform of the first or last 2^k dimensions."""
     dim = len(signs)
     size = 1 << (dim.bit_length() - 1)
@@ -113,10 +119,10 @@ def _offset(y: Floats, wanted: float, floor: float) -> float:
     """c such that the sum of min(1, max(floor, e^(y + c))) is about `wanted`, from a histogram of y."""
     top = float(y.max())
     y = y.astype(np.float32)
-    at = (y.max() - y) * np.float32(_BINS / _RANGE)
-    count = np.bincount(np.minimum(at, np.float32(_BINS - 1)).astype(int), minlength=_BINS)
-    weight = np.exp(-(np.arange(_BINS) + 0.5) * (_RANGE / _BINS))
-    low, high = -10.0, _RANGE + 10
+    at = (y.max() - y) * np.float32(BINS / RANGE)
+    count = np.bincount(np.minimum(at, np.float32(BINS - 1)).astype(int), minlength=BINS)
+    weight = np.exp(-(np.arange(BINS) + 0.5) * (RANGE / BINS))
+    low, high = -10.0, RANGE + 10
     for _ in range(24):
         c = (low + high) / 2
         if (count * np.clip(weight * math.exp(c), floor, 1)).sum() < wanted:

@@ -34,13 +34,16 @@ class Caches:
     copied back by `settle`. Memory is zero and is taken from the system as it is first written.
     """
 
+    device = "cpu"
+    """Where the model computes."""
+
     def __init__(self, artefact: Artefact, batch: int, in_place: bool) -> None:
         dtype, onnx_type = _TYPES[artefact.cache_dtype]
         self.names: list[str] = []
         self.past: list[npt.NDArray[Any]] = []
         self._capacity: list[tuple[int, ...]] = []  # slots of each head; none for a state
         for part in artefact.parts:
-            for kind in ("key", "value"):
+            for kind in part.caches:
                 self.names.append(f"{kind}.{part.name}")
                 self.past.append(zeros((batch, *part.cache_shape(artefact.head_dim)), dtype))
                 self._capacity.append(part.capacity)
@@ -65,7 +68,7 @@ class Caches:
             for past, present in zip(self.past, self.present, strict=True):
                 past[start : start + count] = present[start : start + count]
 
-    def views(self, row: int, length: int) -> list[tuple[str, npt.NDArray[Any]]]:
+    def views(self, row: int, length: int) -> Views:
         """The memory that a row of `length` tokens has in use, in contiguous views by name: slots of each head, whole states."""
         found: list[tuple[str, npt.NDArray[Any]]] = []
         for name, array, capacities in zip(self.names, self.past, self._capacity, strict=True):
@@ -104,9 +107,12 @@ class StepBuffers:
         self.length = np.zeros(count, dtype=np.int32)
         self.span = np.zeros((artefact.layers, count, artefact.kv_heads), dtype=np.int32)
         self._keep = np.ones(1, dtype=np.int64)
-        for name, array, kind in (("length", self.length, _INT32), ("span", self.span, _INT32)):
+        self._bind_inputs()
+
+    def _bind_inputs(self) -> None:
+        small = (("length", self.length, _INT32), ("span", self.span, _INT32), ("logits_to_keep", self._keep, _INT64))
+        for name, array, kind in small:
             self._binding.bind_input(name, "cpu", 0, kind, array.shape, array.ctypes.data)
-        self._binding.bind_input("logits_to_keep", "cpu", 0, _INT64, (1,), self._keep.ctypes.data)
 
     def set_tokens(self, tokens: npt.NDArray[np.int64]) -> None:
         """Read token ids from this array, [count, tokens]."""
@@ -121,5 +127,8 @@ class StepBuffers:
 
     def run(self) -> None:
         """Run the model on what the buffers hold."""
+        if self._caches.device != "cpu":  # then ONNX Runtime copies inputs when they are bound, and not when it runs
+            self._bind_inputs()
+            self.set_tokens(self._held["tokens"])
         self._session.run_with_iobinding(self._binding)
         self._caches.settle(*self._rows)

@@ -32,17 +32,23 @@ def _add_options(group: Any) -> None:
     library = group.add_mutually_exclusive_group()
     library.add_argument("--library", metavar="FILE", type=Path, help="op library to use (default: the installed one)")
     library.add_argument("--no-library", action="store_true", help="run attention as standard ONNX: slow")
+    group.add_argument("--device", choices=("cpu", "cuda"), help="hybrid: where all but the sampling runs (default: cpu)")
 
 
 def _check(args: argparse.Namespace) -> None:
     if args.threads is not None and args.threads < 1:
         raise UserError(f"threads is {args.threads}: must be 1 or more; change --threads")
+    if args.device is not None:
+        from attnspan.cpu_runtime.loading import check_device
+
+        check_device(args.device)
 
 
 def _open(artefact: Artefact, args: argparse.Namespace) -> Session:
     from attnspan.cpu_runtime.session import Session
 
-    return Session(artefact, threads=args.threads, use_library=not args.no_library, library=args.library)
+    device = args.device or "cpu"
+    return Session(artefact, threads=args.threads, use_library=not args.no_library, library=args.library, device=device)
 
 
-RUNNER = Runner(("cpu", "portable"), _add_options, _check, _open)
+RUNNER = Runner(("cpu", "portable", "hybrid"), _add_options, _check, _open)

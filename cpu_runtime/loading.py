@@ -13,33 +13,71 @@ from attnspan.runtime.artefact import Artefact
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-__all__ = ["MIN_ORT", "default_threads", "open_session"]
+__all__ = ["DEVICES", "MIN_ORT", "check_device", "default_threads", "open_session"]
 
 MIN_ORT = (1, 25)
 """Older ones lack kernels that the function body of the ops needs."""
+DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+"""Execution providers by the device that they compute on."""
 _log = logging.getLogger("attnspan")
 
 
+def check_device(device: str) -> None:
+    """UserError, with what to install, when ONNX Runtime has no provider for a device. Reads nothing of a model."""
+    if device not in DEVICES:
+        raise UserError(f"device is {device!r}: must be one of {', '.join(DEVICES)}; change --device")
+    ort = _import_ort()
+    if DEVICES[device] not in ort.get_available_providers():
+        raise UserError(
+            f"device is {device}: onnxruntime {ort.__version__} as installed here has no {DEVICES[device]}; "
+            "pip uninstall onnxruntime, then pip install onnxruntime-gpu, or drop --device"
+        )
+
+
 def open_session(
-    artefact: Artefact, *, threads: int, use_library: bool, library: str | Path | None
+    artefact: Artefact,
+    *,
+    threads: int,
+    use_library: bool,
+    library: str | Path | None,
+    device: str = "cpu",
+    profile: Path | None = None,
 ) -> tuple[ort.InferenceSession, Path | None]:
     """Load model.onnx; the session, and the op library it runs with (None: the ops run as standard ONNX).
 
     The library is the one given, else the one installed with this package, else the one in the artefact. With
-    none of them the model runs, slowly, and a warning says so. UserError: ONNX Runtime missing or too old, a
-    library given that does not load, a model that ONNX Runtime refuses.
+    none of them the model runs, slowly, and a warning says so; on a GPU there must be one, with kernels for it. profile: let
+    ONNX Runtime write a profile to a file whose name starts so. UserError: ONNX Runtime missing or too old, a library given that
+    does not load, a model that ONNX Runtime refuses, a device that does not take the ops that it should.
     """
+    check_device(device)
     ort = _import_ort()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; warnings of ONNX Runtime mean nothing to who runs a model
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    if device != "cpu":
+        library = _device_library(artefact, use_library, library)
+        # Nodes without edges between them, on the GPU and on the CPU, at the same time: see docs/cuda.md.
+        options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
+        options.inter_op_num_threads = 2
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     loaded = _register(options, artefact, use_library, library)
     model = artefact.folder / "model.onnx"
+    providers = [DEVICES[name] for name in dict.fromkeys((device, "cpu"))]
     try:
-        return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"]), loaded
+        session = ort.InferenceSession(str(model), options, providers=providers)
     except Exception as error:  # pybind11 classes without a common base
-        raise UserError(f"ONNX Runtime {ort.__version__} cannot load {model}: {_first_line(error)}") from None
+        fix = ""
+        if artefact.target == "hybrid" and artefact.dtype == "bfloat16" and device == "cpu":
+            fix = "; its CPU provider has no bfloat16 arithmetic: add --device cuda, or export with --dtype fp16 or fp32"
+        raise UserError(f"ONNX Runtime {ort.__version__} cannot load {model}: {_first_line(error)}{fix}") from None
+    if device != "cpu":
+        _check_placement(session, device)
+    return session, loaded
 
 
 def default_threads() -> int:
@@ -55,6 +93,39 @@ def default_threads() -> int:
         except OSError:
             cores.add(str(cpu))
     return max(1, len(cores))
+
+
+def _device_library(artefact: Artefact, use_library: bool, library: str | Path | None) -> str | Path:
+    """The op library with kernels for a GPU. UserError, before the model is read, where there is none, or none for the model."""
+    if artefact.dtype not in ("float16", "bfloat16"):
+        raise UserError(
+            f"{artefact.folder} computes in {artefact.dtype}: a GPU takes float16 or bfloat16; export with --dtype fp16 or bf16, "
+            "or drop --device"
+        )
+    if not use_library:
+        raise UserError("without the op library a GPU does not know the attention ops: drop --no-library, or --device")
+    if library is not None:
+        return library
+    from attnspan.cpu_runtime.library import cuda_library_path
+
+    return cuda_library_path()
+
+
+def _check_placement(session: ort.InferenceSession, device: str) -> None:
+    """UserError when the device's provider did not start, or did not take every op of ours but the one that samples."""
+    wanted = DEVICES[device]
+    if wanted not in session.get_providers():
+        raise UserError(
+            f"{wanted} did not start on this machine (ONNX Runtime says why above): it needs a GPU, its driver, and the CUDA and "
+            "cuDNN libraries of this onnxruntime-gpu; install them (pip install 'onnxruntime-gpu[cuda,cudnn]'), or drop --device"
+        )
+    for part in session.get_provider_graph_assignment_info():
+        for node in part.get_nodes() if part.ep_name != wanted else ():
+            if node.domain == "attnspan" and node.op_type != "LshAttention":
+                raise UserError(
+                    f"{wanted} does not take node {node.name!r} ({node.op_type}), it would run on {part.ep_name}: the op library "
+                    "has no kernel of its types for it; build it for CUDA, export with another --dtype, or drop --device"
+                )
 
 
 def _import_ort() -> Any:

@@ -1,4 +1,4 @@
-"""An artefact of target `cpu` or `portable`, ready to generate."""
+"""An artefact of target `cpu`, `portable` or `hybrid`, ready to generate."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from attnspan.cpu_runtime.binding import Caches, StepBuffers
-from attnspan.cpu_runtime.loading import default_threads, open_session
+from attnspan.cpu_runtime.device_caches import DeviceCaches
+from attnspan.cpu_runtime.library import guarded_steps
+from attnspan.cpu_runtime.loading import check_device, default_threads, open_session
 from attnspan.planner.errors import UserError
 from attnspan.planner.rules import check_int
-from attnspan.runtime.artefact import Artefact
+from attnspan.runtime.artefact import CACHE_BYTES, Artefact
 from attnspan.runtime.memory import check_indexes_fit
 from attnspan.runtime.session import CHUNK, RowSession
 
@@ -30,8 +32,10 @@ class Session(RowSession):
     ONNX (slow); target `portable` has no use for it. chunk: most tokens of a prompt computed at a time, for
     `portable` at most what it was exported for. check_memory False: allow sampled heads whose caches and
     indexes, for n_max tokens in every row, are larger than the memory that is available; texts are to stay
-    short. Not to be used by two threads at once. UserError: not an artefact for CPUs, no memory, ONNX Runtime
-    older than 1.25.
+    short. device `cuda`, target `hybrid` only: all but the sampling runs on the first GPU, with the rings in its memory; a
+    prompt for an empty row is then computed in one piece. profile: ONNX Runtime writes one, in a file whose name starts so; see
+    `end_profile`. Not to be used by two threads at once. UserError: not an artefact for this runtime, no memory, ONNX Runtime
+    older than 1.25, or without the device.
     """
 
     def __init__(
@@ -44,23 +48,37 @@ class Session(RowSession):
         library: str | Path | None = None,
         chunk: int | None = None,
         check_memory: bool = True,
+        device: str = "cpu",
+        profile: Path | None = None,
     ) -> None:
+        check_device(device)
         artefact = folder if isinstance(folder, Artefact) else Artefact.load(folder)
-        if artefact.target not in ("cpu", "portable"):
+        if artefact.target not in ("cpu", "portable", "hybrid"):
             raise UserError(
                 f"{artefact.folder} was exported for target {artefact.target!r}: this runtime "
-                "takes 'cpu' and 'portable'; export with --target cpu"
+                "takes 'cpu', 'portable' and 'hybrid'; export with --target cpu"
+            )
+        if device != "cpu" and artefact.target != "hybrid":
+            raise UserError(
+                f"device is {device}: {artefact.folder} is of target {artefact.target!r}, which runs on CPUs here; "
+                "export with --target hybrid, or drop --device"
             )
         portable = artefact.target == "portable"
         if portable and library is not None:
             raise UserError(f"library is {library}: {artefact.folder} is of target 'portable', which needs none; drop --library")
         super().__init__(artefact, batch)
         self.threads = check_int("threads", threads or default_threads(), 1, 4096, "; change --threads")
+        self.device = device
+        if check_memory:
+            self._check_memory()
         ours = use_library and not portable
-        self._session, self.library = open_session(artefact, threads=self.threads, use_library=ours, library=library)
+        self._session, self.library = open_session(
+            artefact, threads=self.threads, use_library=ours, library=library, device=device, profile=profile
+        )
         default = artefact.chunk or (CHUNK if self.library else _CHUNK_WITHOUT_LIBRARY)
         self._chunk = check_int("chunk", chunk or default, 1, artefact.chunk or 2**20)
-        self._caches: Caches = self._allocate(check_memory)
+        self._rings = ring_slots(artefact) if artefact.target == "hybrid" else None
+        self._caches: Caches = self._allocate()
         self._rows: dict[int, StepBuffers] = {}
         self._unwanted = np.empty((1, 1, self.vocab_size), dtype=np.float32)
         self._tokens = np.zeros((self.batch, 1), dtype=np.int64)
@@ -71,8 +89,18 @@ class Session(RowSession):
 
     @property
     def backend(self) -> dict[str, str | int | None]:
-        """The op library that attention runs in (None: standard ONNX) and the threads."""
-        return {"op_library": None if self.library is None else str(self.library), "threads": self.threads}
+        """The op library that attention runs in (None: standard ONNX), the threads, and what guards of sampled heads found."""
+        library = None if self.library is None else str(self.library)
+        on = {"device": self.device} if self.artefact.target == "hybrid" else {}
+        guarded = {}
+        if self.library is not None and any(part.lsh is not None and part.lsh.guard for part in self.artefact.parts):
+            checked, exact = guarded_steps(self.library)
+            guarded = {"guarded_steps": checked, "guarded_steps_exact": exact}
+        return {"op_library": library, "threads": self.threads, **on, **guarded}
+
+    def end_profile(self) -> Path:
+        """The file of the profile, which ends here."""
+        return Path(self._session.end_profiling())
 
     def _compute_chunk(
         self, row: int, tokens: npt.NDArray[np.int64], span: npt.NDArray[np.int32], logits: npt.NDArray[np.float32] | None
@@ -80,8 +108,9 @@ class Session(RowSession):
         if row not in self._rows:
             self._rows[row] = self._buffers(row, 1)
         buffers = self._rows[row]
-        buffers.span[:] = span
-        buffers.length[0] = self.state.lengths[row]
+        length = int(self.state.lengths[row])
+        buffers.span[:] = span if self._in_one_piece(length, len(tokens)) else self._within_rings(span)
+        buffers.length[0] = length
         buffers.set_tokens(tokens[None])
         # The model computes one row of logits at least.
         buffers.set_logits(self._unwanted if logits is None else logits[None])
@@ -92,26 +121,46 @@ class Session(RowSession):
     ) -> npt.NDArray[np.float32]:
         self._tokens[:, 0] = tokens
         self._step.length[:] = lengths
-        self._step.span[:] = span
+        self._step.span[:] = self._within_rings(span)
         self._step.run()
         return self._logits[:, 0].copy()
 
-    def _allocate(self, check: bool) -> Caches:
+    def _within_rings(self, span: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """Spans [layers, rows, kv_heads], those of sampled heads cut to what their rings hold: the rest is sampled."""
+        return span if self._rings is None else np.minimum(span, self._rings)
+
+    def _in_one_piece(self, length: int, tokens: int) -> bool:
+        """Whether the device computes a chunk whole, exactly: nothing has left a ring, and the CPU only stores and indexes."""
+        return self.device != "cpu" and self._rings is not None and length + (tokens == 1) <= self._rings.min()
+
+    def _check_memory(self) -> None:
+        """UserError with the numbers when host memory cannot hold the indexes of sampled heads and the caches beside them."""
+        parts = [part for part in self.artefact.parts if self.device == "cpu" or part.lsh is not None]
+        each = CACHE_BYTES[self.artefact.cache_dtype]
+        kv = 2 * self.batch * sum(part.slots for part in parts) * self.artefact.head_dim * each
+        check_indexes_fit(kv, self.state_bytes, self._where, "lower the batch, or")
+
+    @property
+    def _where(self) -> str:
+        return f"{self.batch} rows of {self.artefact.n_max} tokens"
+
+    def _allocate(self) -> Caches:
         """The caches and states. UserError with the numbers when there is no memory for them."""
-        kv, states = self.kv_bytes, self.state_bytes
-        where = f"{self.batch} rows of {self.artefact.n_max} tokens"
-        if check:
-            check_indexes_fit(kv, states, where, "lower the batch, or")
         try:
+            if self.device != "cpu":
+                return DeviceCaches(self.artefact, self.batch, self.device)
             return Caches(self.artefact, self.batch, in_place=self.library is not None or self.artefact.chunk is not None)
         except MemoryError:
+            kv, states = self.kv_bytes, self.state_bytes
             indexes = f" and indexes of {states / 1e9:.1f} GB" if states else ""
             raise UserError(
-                f"no memory for caches of {kv / 1e9:.1f} GB{indexes} ({where}): "
+                f"no memory for caches of {kv / 1e9:.1f} GB{indexes} ({self._where}): "
                 "lower the batch, or export with a smaller --n-max or --density"
             ) from None
 
     def _chunks(self, length: int, total: int) -> list[tuple[int, int]]:
+        if self._in_one_piece(length, total):
+            return [(0, total)]
         found = super()._chunks(length, total)
         # No chunk of a prompt is a single token if possible: sampled heads would sample it.
         if self.state_bytes and self._chunk > 2 and len(found) > 1 and found[-1] == (total - 1, total):
@@ -120,3 +169,12 @@ class Session(RowSession):
 
     def _buffers(self, start: int, count: int) -> StepBuffers:
         return StepBuffers(self._session, self._caches, self.artefact, start, count)
+
+
+def ring_slots(artefact: Artefact) -> npt.NDArray[np.int32]:
+    """Slots of the ring of each head, [layers, 1, kv_heads]: what its span is at most while a ring loses tokens."""
+    slots = np.zeros((artefact.layers, 1, artefact.kv_heads), np.int32)
+    for part in artefact.parts:
+        if part.lsh is None:
+            slots[part.layer, 0, list(part.heads)] = part.capacity
+    return slots

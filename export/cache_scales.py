@@ -124,9 +124,9 @@ def _observed(model: ir.Model) -> dict[str, ir.Node]:
             by_head = record.op("Reshape", record.op("Cast", node.inputs[at], to=ir.DataType.FLOAT), [0, 0, heads, -1])
             output = value(f"{kind}_amax.{name}", ir.DataType.FLOAT, [heads])
             graph.outputs.append(record.op("ReduceMax", record.op("Abs", by_head), [0, 1, 3], output=output, keepdims=0))
-        for cache in (*node.inputs[3:5], *node.outputs[1:3]):
-            assert cache is not None
-            cache.dtype = ir.DataType.FLOAT
+        for cache in (*node.inputs, *node.outputs):
+            if cache is not None and cache.dtype == ir.DataType.INT8:
+                cache.dtype = ir.DataType.FLOAT
         node.resize_inputs(len(node.inputs) - 2)  # the scales
     graph.extend(record.nodes)
     for initializer in record.initializers.values():

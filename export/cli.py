@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     from attnspan.calibration import commands as calibration
     from attnspan.cpu_runtime import commands as cpu_runtime
     from attnspan.export import commands as export
+    from attnspan.export.package import commands as package
     from attnspan.planner import commands as planner
     from attnspan.plugins.trt_sparse_attn import commands as trt
     from attnspan.plugins.trt_sparse_attn.runner import RUNNER
@@ -42,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     kinds = planner.register(verbs, _read_model)
     calibration.register(verbs, kinds)
     export.register(verbs)
+    package.register(verbs)
     trt.register(verbs)
     run_command.register(verbs, [cpu_runtime.RUNNER, RUNNER])
     cpu_runtime.register(verbs)

@@ -82,8 +82,7 @@ def LshAttention(  # type: ignore[no-untyped-def]  # noqa: N802 - the op's name
     query,
     key,
     value,
-    past_key,
-    past_value,
+    past_kv,
     past_state,
     length,
     projection,
@@ -103,6 +102,7 @@ def LshAttention(  # type: ignore[no-untyped-def]  # noqa: N802 - the op's name
     min_collisions: int = 2,
     min_inclusion: float = 0.0,
     fraction: float = 0.02,
+    guard: float = 0.0,
     dense_below: int = -1,
     layer: int = 0,
     identity: int = 0,
@@ -113,14 +113,16 @@ def LshAttention(  # type: ignore[no-untyped-def]  # noqa: N802 - the op's name
     rest = op.Constant(value_ints=[-1])
     most = op.Constant(value_float=127.0)
 
-    # Caches by head, [batch, kv_heads, capacity * dim].
+    # The cache by head, [batch, kv_heads, capacity, 2, dim], and the scales of keys and values.
     heads = op.Shape(key_scale)
-    by_head = op.Concat(axis_0, heads, rest, axis=0)
-    packed = op.Shape(past_key)
+    pair = op.Constant(value_ints=[2])
+    dim = op.Shape(past_kv, start=2) / pair
+    by_head = op.Concat(axis_0, heads, rest, pair, dim, axis=0)
+    packed = op.Shape(past_kv)
     key_heads = op.Unsqueeze(key_scale, axis_1)
     value_heads = op.Unsqueeze(value_scale, axis_1)
-    old_key = op.Reshape(op.Reshape(op.Cast(past_key, to=FLOAT.dtype), by_head) * key_heads, packed)
-    old_value = op.Reshape(op.Reshape(op.Cast(past_value, to=FLOAT.dtype), by_head) * value_heads, packed)
+    scales = op.Reshape(op.Concat(key_heads, value_heads, axis=1), op.Concat(heads, axis_1, pair, axis_1, axis=0))
+    old_kv = op.Reshape(op.Reshape(op.Cast(past_kv, to=FLOAT.dtype), by_head) * scales, packed)
 
     # The chunk as it will be stored.
     per_head = op.Concat(axis_0, axis_0, heads, rest, axis=0)
@@ -129,12 +131,11 @@ def LshAttention(  # type: ignore[no-untyped-def]  # noqa: N802 - the op's name
     new_key = op.Reshape(op.Clip(whole_key, -most, most) * key_heads, op.Shape(key))
     new_value = op.Reshape(op.Clip(whole_value, -most, most) * value_heads, op.Shape(value))
 
-    output, next_key, next_value, present_state, lse = FloatLshAttention(
+    output, next_kv, present_state, lse = FloatLshAttention(
         query,
         new_key,
         new_value,
-        old_key,
-        old_value,
+        old_kv,
         past_state,
         length,
         projection,
@@ -152,13 +153,13 @@ def LshAttention(  # type: ignore[no-untyped-def]  # noqa: N802 - the op's name
         min_collisions=min_collisions,
         min_inclusion=min_inclusion,
         fraction=fraction,
+        guard=guard,
         dense_below=dense_below,
         layer=layer,
         identity=identity,
     )
-    present_key = op.Reshape(op.Cast(op.Round(op.Reshape(next_key, by_head) / key_heads), to=INT8.dtype), packed)
-    present_value = op.Reshape(op.Cast(op.Round(op.Reshape(next_value, by_head) / value_heads), to=INT8.dtype), packed)
-    return output, present_key, present_value, present_state, lse
+    present_kv = op.Reshape(op.Cast(op.Round(op.Reshape(next_kv, by_head) / scales), to=INT8.dtype), packed)
+    return output, present_kv, present_state, lse
 
 
 def functions(used: set[str]) -> list[ir.Function]:

@@ -20,8 +20,7 @@ def LshAttention(  # type: ignore[no-untyped-def]  # noqa: N802 - the op's name
     query,
     key,
     value,
-    past_key,
-    past_value,
+    past_kv,
     past_state,
     length,
     projection,
@@ -39,13 +38,14 @@ def LshAttention(  # type: ignore[no-untyped-def]  # noqa: N802 - the op's name
     min_collisions: int = 2,
     min_inclusion: float = 0.0,
     fraction: float = 0.02,
+    guard: float = 0.0,
     dense_below: int = -1,
     layer: int = 0,
     identity: int = 0,
 ):
     """Body of LshAttention for floating-point caches. Parameters without a use are there because nodes have the attributes.
 
-    Past caches are read by TensorScatter alone, so that a past and its present may be the same buffer.
+    The past cache is read by TensorScatter alone, so that a past and its present may be the same buffer.
     """
     zero = op.Constant(value_int=0)
     one = op.Constant(value_int=1)
@@ -55,27 +55,30 @@ def LshAttention(  # type: ignore[no-untyped-def]  # noqa: N802 - the op's name
     rest = op.Constant(value_ints=[-1])
 
     kv_heads = op.Reshape(op.Constant(value_int=kv_num_heads), axis_1)
-    dim = op.Shape(past_key, start=2)
-    slots = op.Shape(past_key, start=1, end=2)
+    width = op.Shape(past_kv, start=2)  # a key and its value
+    dim = width / op.Constant(value_ints=[2])
+    slots = op.Shape(past_kv, start=1, end=2)
     capacity = slots / kv_heads
     tokens = op.Shape(query, start=1, end=2)
     start = op.Cast(length, to=INT64.dtype)
 
-    # The chunk as the caches store it, written at its positions: [batch, kv_heads, capacity, dim].
+    # The chunk as the cache stores it, written at its positions: [batch, kv_heads, capacity, 2 * dim].
     by_token = op.Concat(axis_0, axis_0, kv_heads, dim, axis=0)
-    by_head = op.Concat(axis_0, kv_heads, capacity, dim, axis=0)
-    packed = op.Concat(axis_0, slots, dim, axis=0)
-    new_key = op.Transpose(op.Reshape(op.CastLike(key, past_key), by_token), perm=[0, 2, 1, 3])
-    new_value = op.Transpose(op.Reshape(op.CastLike(value, past_value), by_token), perm=[0, 2, 1, 3])
-    all_key = op.TensorScatter(op.Reshape(past_key, by_head), new_key, start, axis=-2)
-    all_value = op.TensorScatter(op.Reshape(past_value, by_head), new_value, start, axis=-2)
-    present_key = op.Reshape(all_key, packed)
-    present_value = op.Reshape(all_value, packed)
+    by_head = op.Concat(axis_0, kv_heads, capacity, width, axis=0)
+    packed = op.Concat(axis_0, slots, width, axis=0)
+    both = op.Concat(op.Reshape(key, by_token), op.Reshape(value, by_token), axis=-1)
+    new_kv = op.Transpose(op.CastLike(both, past_kv), perm=[0, 2, 1, 3])
+    all_kv = op.TensorScatter(op.Reshape(past_kv, by_head), new_kv, start, axis=-2)
+    present_kv = op.Reshape(all_kv, packed)
+    all_key, all_value = op.Split(all_kv, num_outputs=2, axis=-1)
 
-    # What is seen, [batch, 1, 1, tokens, capacity].
+    # What is seen, [batch, 1, 1, tokens, capacity]: positions from `first` on, `behind` the query or more (see hybrid_function).
+    first = op.Constant(value_int=0)
+    behind = op.Constant(value_int=0)
     position = op.Range(zero, op.Squeeze(capacity), one)
     query_position = op.Unsqueeze(start, axis_1) + op.Range(zero, op.Squeeze(tokens), one)
-    seen = op.LessOrEqual(position, op.Unsqueeze(query_position, op.Constant(value_ints=[1, 2, 4])))
+    last = op.Unsqueeze(query_position, op.Constant(value_ints=[1, 2, 4])) - behind
+    seen = op.And(op.GreaterOrEqual(position, first), op.LessOrEqual(position, last))
 
     # Scores in fp32, [batch, kv_heads, group, tokens, capacity].
     given_scale = op.Constant(value_float=scale)
@@ -95,4 +98,4 @@ def LshAttention(  # type: ignore[no-untyped-def]  # noqa: N802 - the op's name
     output = op.CastLike(joined, query)
     lse = op.Reshape(op.ReduceLogSumExp(score, rest, keepdims=0), op.Concat(axis_0, rest, tokens, axis=0))
     present_state = op.Identity(past_state)
-    return output, present_key, present_value, present_state, lse
+    return output, present_kv, present_state, lse

@@ -26,6 +26,8 @@ _TENSOR = {
     "int8": "tensor(int8)",
     "int32": "tensor(int32)",
 }
+_ONNX_OPTIONAL = {("LshHash", "mean")}
+"""Inputs that nodes of ONNX Runtime may leave out; TensorRT plugins always have them."""
 _TYPE_DOCS = {"T": "Activations.", "C": "Cache."}
 
 
@@ -38,7 +40,8 @@ def _schema(op: Op) -> OpSchema:
 
     def port(one: Port) -> OpSchema.FormalParameter:
         kind = one.type if len(one.type) == 1 else _TENSOR[one.type]
-        option = _Option.Optional if one.optional else _Option.Single
+        optional = one.optional or (op.name, one.name) in _ONNX_OPTIONAL
+        option = _Option.Optional if optional else _Option.Single
         return _In(one.name, kind, ", ".join(x for x in (shape_text(one), one.doc) if x), param_option=option)
 
     def attribute(one: Attribute) -> OpSchema.Attribute:
@@ -82,16 +85,19 @@ x . projection[:, j] > 0, and u is the probability that a key at this angle to t
 drawn when at most max_hamming[h] of its signature_bits differ from the query's. index `tables`: the bits are the codes of
 `tables` hash tables, `bits` each; a key is drawn when at least min_collisions codes are equal. index `exact`: every key.
 
-The caches hold every position: the KV heads of a row one after another, position p of a head in its slot p. Keys are stored after
-RoPE. The state is the index of a row in one buffer without pointers, of fixed size: zeros are an empty index, a copy is an index
-of equal content. A row of length 0 starts its index afresh. A state that does not belong to this node is an error. A past and its
-present may be the same buffer.""",
+The cache holds every position: the KV heads of a row one after another, position p of a head in its slot p, its key (after RoPE)
+before its value, so that a drawn token is read from one place. The state is the index of a row in one buffer without pointers, of
+fixed size: zeros are an empty index, a copy is an index of equal content. A row of length 0 starts its index afresh. A state that
+does not belong to this node is an error. A past and its present may be the same buffer.
+
+With `span`, positions that SpanAttention attends to under it (p < sink or q - p < span - sink, for a query at position q) are
+left out of the sums, all others are as without it: exact, or drawn. Where nothing is left, output is zeros and lse -inf (the
+body: anything, and below -1e29). With `query_codes` queries are not hashed again.""",
     inputs=[
         _In("query", "T", "[batch, tokens, num_heads * dim], RoPE applied"),
         _In("key", "T", "[batch, tokens, kv_num_heads * dim], RoPE applied"),
         _In("value", "T", "[batch, tokens, kv_num_heads * dim]"),
-        _In("past_key", "C", "[batch, kv_num_heads * capacity, dim]"),
-        _In("past_value", "C", "[batch, kv_num_heads * capacity, dim]"),
+        _In("past_kv", "C", "[batch, kv_num_heads * capacity, 2 * dim]"),
         _In("past_state", "tensor(uint8)", "[batch, bytes]"),
         _In("length", "tensor(int32)", "[batch], tokens of the row that were given before this chunk"),
         _In(
@@ -102,11 +108,17 @@ present may be the same buffer.""",
         ),
         _In("key_scale", "tensor(float)", "[kv_num_heads], int8 cache only: key = scale * stored", param_option=_Option.Optional),
         _In("value_scale", "tensor(float)", "[kv_num_heads], int8 cache only", param_option=_Option.Optional),
+        _In("span", "tensor(int32)", "[batch, kv_num_heads], what another op attends to", param_option=_Option.Optional),
+        _In(
+            "query_codes",
+            "tensor(int32)",
+            "[batch, 1, num_heads, words], LshHash of the last token's query: signature, or tables of an even number",
+            param_option=_Option.Optional,
+        ),
     ],
     outputs=[
         _In("output", "T", "[batch, tokens, num_heads * dim]"),
-        _In("present_key", "C", "[batch, kv_num_heads * capacity, dim]"),
-        _In("present_value", "C", "[batch, kv_num_heads * capacity, dim]"),
+        _In("present_kv", "C", "[batch, kv_num_heads * capacity, 2 * dim]"),
         _In("present_state", "tensor(uint8)", "[batch, bytes]"),
         _In("lse", "tensor(float)", "[batch, num_heads, tokens], log of the sum of exp(score)", param_option=_Option.Optional),
     ],
@@ -126,6 +138,7 @@ present may be the same buffer.""",
         OpSchema.Attribute("tables", _AttrType.INT, "tables: codes of a key, 1 to 1024.", required=False),
         _default("fraction", 0.02, "sketch: share of the indexed keys that a query draws, above 0 and at most 0.5."),
         _default("min_inclusion", 0.0, "signature, tables: least u that a drawn key is weighted by; 0: u as it is."),
+        _default("guard", 0.0, "A KV head's step is exact where its relative standard error is above; 0: never."),
         _default("min_collisions", 2, "tables: equal codes that draw a key, 1 to 4."),
         OpSchema.Attribute("signature_bits", _AttrType.INT, "signature: 64, 128 or 256.", required=False),
         OpSchema.Attribute("max_hamming", _AttrType.INTS, "signature: most bits that differ, of each KV head.", required=False),

@@ -83,7 +83,9 @@ def SpanAttention(  # type: ignore[no-untyped-def]  # noqa: N802 - the op's name
 
     # [batch, kv_heads, tokens, longest + tokens]
     distance = op.Unsqueeze(op.Unsqueeze(query_position, axis_1), rest) - position
-    window = op.Max(op.Min(op.Cast(span, to=INT64.dtype), capacities) - sinks, one)
+    given_span = op.Cast(span, to=INT64.dtype)
+    kept_span = op.Where(op.LessOrEqual(first_token, capacities), given_span, op.Min(given_span, capacities))
+    window = op.Max(kept_span - sinks, one)
     window = op.Unsqueeze(window, op.Constant(value_ints=[2, 3]))
     near = op.Or(position < sinks, distance < window)
     seen = op.And(op.And(position >= zero, distance >= zero), near)

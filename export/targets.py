@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from attnspan.planner.errors import UserError
+from attnspan.planner.hybrid import hybrid_parts
 from attnspan.planner.parts import Part, plan_parts
 from attnspan.planner.plan import Plan
 from attnspan.planner.portable import DEFAULT_CHUNK, portable_parts
@@ -126,6 +127,12 @@ def _rewrite_portable(model: ir.Model, plan: Plan, _: ModelShape, form: Form) ->
     rewrite_portable(model, plan, onnx_type(form.cache_dtype), _chunk(form))
 
 
+def _rewrite_hybrid(model: ir.Model, plan: Plan, shape: ModelShape, form: Form) -> None:
+    from attnspan.export.rewrite.hybrid import rewrite_hybrid
+
+    rewrite_hybrid(model, plan, onnx_type(form.cache_dtype), shape)
+
+
 def _portable_parts(plan: Plan, form: Form) -> Sequence[Part]:
     return portable_parts(plan, _chunk(form))
 
@@ -159,6 +166,14 @@ _TARGETS = (
         parts=_portable_parts,
         weights=True,
         chunked=True,
+    ),
+    Target(
+        "hybrid",
+        "ONNX Runtime on a GPU, sampling on the CPU, with our op libraries; or all of it on the CPU",
+        {"fp16": ("fp16",), "bf16": ("bf16",), "fp32": ("fp32", "bf16", "fp16")},
+        rewrite=_rewrite_hybrid,
+        parts=lambda plan, _: hybrid_parts(plan),
+        library=True,
     ),
 )
 TARGETS = {target.name: target for target in _TARGETS}

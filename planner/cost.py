@@ -14,6 +14,7 @@ from attnspan.planner.errors import UserError
 from attnspan.planner.lsh import index_bytes_per_token
 from attnspan.planner.parts import plan_parts
 from attnspan.planner.plan import Plan
+from attnspan.planner.rules import SINK, span_tokens
 
 CACHE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 """Bytes of one cached number by cache type; the scales of int8 (8 bytes a head and layer) are not counted."""
@@ -76,6 +77,22 @@ def state_bytes(plan: Plan, batch: int = 1, n: int | None = None) -> int | None:
         room = int(plan.spans(n).max())  # that of a sampled head, which keeps every token
         parts = [dataclasses.replace(part, capacity=(room,) * len(part.heads)) for part in parts]
     return batch * sum(part.state_bytes(plan.model.head_dim) for part in parts)
+
+
+def device_bytes(plan: Plan, dtype: str) -> tuple[int, int, int] | None:
+    """Bytes of one sequence in an artefact for n_max: on the GPU and on the CPU of target hybrid, and in all of target cpu.
+
+    hybrid keeps spans, dense heads and the sinks and windows of sampled heads on the GPU, whole caches and indexes of sampled
+    heads on the CPU. None without head_dim.
+    """
+    each, indexes = slot_bytes(plan, dtype), state_bytes(plan)
+    if each is None or indexes is None:
+        return None
+    capacity = plan.capacities()
+    pairs = [(rule, int(capacity[i, h])) for i, layer in enumerate(plan.rules) for h, rule in enumerate(layer)]
+    near = sum(int(span_tokens(SINK + rule.lsh.window, 0, plan.n_max)) if rule.lsh else slots for rule, slots in pairs)
+    far = sum(slots for rule, slots in pairs if rule.lsh)
+    return each * near, each * far + indexes, each * int(capacity.astype(np.int64).sum()) + indexes
 
 
 def index_table(plan: Plan) -> list[dict[str, Any]]:

@@ -11,9 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from attnspan.planner.cost import allocated_bytes, cost_table, dense_slots, format_bytes, index_table, slot_bytes, state_bytes
+from attnspan.planner.cost import (
+    allocated_bytes,
+    cost_table,
+    dense_slots,
+    device_bytes,
+    format_bytes,
+    index_table,
+    slot_bytes,
+    state_bytes,
+)
 from attnspan.planner.parts import layer_parts
 from attnspan.planner.plan import Plan, ladder
+from attnspan.planner.unified_text import describe_lsh
 
 BAR = 24
 
@@ -38,9 +48,12 @@ def summarise(plan: Plan, lengths: Sequence[int] | None = None, dtype: str = "bf
             "density": float(kept[i].mean() / plan.n_max),
             "kv_bytes": None if each is None else each * int(row.sum()),
             "state_bytes": None if dim is None else sum(part.state_bytes(dim) for part in layer_parts(plan, i)),
+            "modes": dict(Counter(rule.mode for rule in plan.rules[i])),
         }
         for i, row in enumerate(spans)
     ]
+    sizes = device_bytes(plan, dtype)
+    ways = Counter(describe_lsh(rule.lsh) for layer in plan.rules for rule in layer if rule.lsh is not None)
     return {
         "model": dataclasses.asdict(plan.model),
         "n_max": plan.n_max,
@@ -54,6 +67,8 @@ def summarise(plan: Plan, lengths: Sequence[int] | None = None, dtype: str = "bf
         "dense_bytes": None if each is None else each * dense_slots(plan, plan.n_max),
         "state_bytes": state_bytes(plan),
         "indexes": index_table(plan),
+        "sampled": dict(ways.most_common()),
+        "hybrid_bytes": None if sizes is None else {"gpu": sizes[0], "cpu": sizes[1]},
         "layers": layers,
         "lengths": [dataclasses.asdict(row) for row in cost_table(plan, lengths or ladder(plan.n_max), dtype)],
     }
@@ -91,20 +106,30 @@ def _header(summary: dict[str, Any]) -> list[str]:
         )
     if summary["indexes"]:
         lines.append(f"indexes   {format_bytes(summary['state_bytes'])} a sequence, beside the KV cache")
+        lines += [f"sampled   {count} KV heads: {name}" for name, count in summary["sampled"].items()]
+        sizes = summary["hybrid_bytes"]
+        if sizes is not None:
+            lines.append(f"hybrid    {format_bytes(sizes['gpu'])} on the GPU, {format_bytes(sizes['cpu'])} on the CPU a sequence")
+    read = summary["provenance"].get("read")
+    if summary["provenance"].get("method") == "unified" and isinstance(read, dict):
+        shares = ", ".join(f"{share:.1%} at {n}" for n, share in read.items())
+        lines.append(f"read      {shares} tokens, of the bytes that dense attention reads for a token")
     return lines
 
 
 def _layers(summary: dict[str, Any]) -> list[str]:
     title = f"spans at {summary['n_max']} tokens, by layer"
-    sampled = bool(summary["indexes"])
-    out = [title, f"   layers      min     mean      max  density  KV a layer{'  index a layer' if sampled else ''}"]
-    columns = ("min", "mean", "max", "density", "kv_bytes", "state_bytes")
+    sampled, mixed = bool(summary["indexes"]), len(summary["modes"]) > 1
+    more = ("  index a layer" if sampled else "") + ("  heads" if mixed else "")
+    out = [title, f"   layers      min     mean      max  density  KV a layer{more}"]
+    columns = ("min", "mean", "max", "density", "kv_bytes", "state_bytes", "modes")
     # Neighbouring layers with equal rows share a line: a uniform plan has one.
-    for (low, mean, high, density, size, state), run in groupby(summary["layers"], itemgetter(*columns)):
+    for (low, mean, high, density, size, state, modes), run in groupby(summary["layers"], itemgetter(*columns)):
         numbers = [row["layer"] for row in run]
         name = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
         index = f"  {format_bytes(state) if state else '-':>13}" if sampled else ""
-        out.append(f" {name:>8} {low:8d} {mean:8.0f} {high:8d}  {density:7.3f}  {format_bytes(size):>10}{index}")
+        kinds = "  " + ", ".join(f"{count} {mode}" for mode, count in sorted(modes.items())) if mixed else ""
+        out.append(f" {name:>8} {low:8d} {mean:8.0f} {high:8d}  {density:7.3f}  {format_bytes(size):>10}{index}{kinds}")
     return out
 
 

@@ -62,6 +62,13 @@ def register(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> argp
         metavar="U",
         help="signature, tables: least probability that a drawn key is weighted by; above 0 less noise for some bias (default 0)",
     )
+    parser.add_argument(
+        "--guard",
+        type=float,
+        default=0.0,
+        metavar="E",
+        help="a head's step is exact where the draw's own estimate of its relative standard error is above E (default 0: never)",
+    )
     add_shape(parser, layers=True)
     parser.set_defaults(run=run)
     return parser
@@ -86,7 +93,7 @@ def _params(args: argparse.Namespace) -> LshParams:
         bits = 256 if given["signature_bits"] is None else given["signature_bits"]
         defaults = {"signature_bits": bits, "max_hamming": MAX_HAMMING.get(bits)}
     filled = {name: defaults.get(name) if value is None else value for name, value in given.items()}
-    return LshParams(args.index, args.window, seed=args.seed, min_inclusion=args.min_inclusion, **filled)
+    return LshParams(args.index, args.window, seed=args.seed, min_inclusion=args.min_inclusion, guard=args.guard, **filled)
 
 
 def _layers(text: str | None) -> list[int] | None:

@@ -23,9 +23,9 @@ class Part:
     """KV heads of one layer that one op serves, with caches and, for `LshAttention`, a state of their own.
 
     heads: KV heads of the model, ascending. capacity: their slots, in tokens. name: the layer's number, for the second and
-    later parts of a layer followed by what tells them apart: `key.{name}`, `value.{name}` and `state.{name}` name the tensors.
-    lsh: parameters that the heads share; max_hamming: of each head, for index `signature`. sink: first tokens that are always
-    kept; 0 in a layer with a window.
+    later parts of a layer followed by what tells them apart; the tensors are `key.{name}` and `value.{name}`, or `kv.{name}`
+    and `state.{name}`. lsh: parameters that the heads share; max_hamming: of each head, for index `signature`. sink: first
+    tokens that are always kept; 0 in a layer with a window.
     """
 
     layer: int
@@ -46,24 +46,27 @@ class Part:
         """Cache slots of a row: all capacities."""
         return sum(self.capacity)
 
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """Kinds of caches: keys and values, of sampled heads each value behind its key."""
+        return ("key", "value") if self.lsh is None else ("kv",)
+
     def cache_shape(self, head_dim: int) -> tuple[int, ...]:
-        """Shape of the key or value cache of one row: the heads one after another."""
-        return (self.slots, head_dim)
+        """Shape of each of the `caches` of one row: the heads one after another."""
+        return (self.slots, head_dim * 2 // len(self.caches))
 
     def state_bytes(self, head_dim: int) -> int:
         """Bytes of the index of one row; 0 for an op without one."""
         return 0 if self.lsh is None else state_bytes(self.lsh, len(self.heads), head_dim, self.capacity[0])
 
     def describe(self, head_dim: int) -> dict[str, Any]:
-        """The part as attnspan.json has it; inputs and outputs are named past_ and present_ before `key`, `value`, `state`."""
+        """The part as attnspan.json has it; past_ and present_ stand before `key`, `value`, `kv` and `state` in the graph."""
         entry = {
             "layer": self.layer,
             "op": self.op,
             "kv_heads": list(self.heads),
             "capacity": list(self.capacity),
-            "key": f"key.{self.name}",
-            "value": f"value.{self.name}",
-        }
+        } | {kind: f"{kind}.{self.name}" for kind in self.caches}
         if self.sink != SINK:
             entry["sink"] = self.sink
         if self.lsh is not None:

@@ -63,7 +63,8 @@ class LshParams:
     arXiv 2410.16179). index `signature`: a key is drawn when its packed SimHash of `signature_bits` is within
     `max_hamming` of the query's. index `exact`: everything (an oracle). `seed` decides the rotation, or the random
     matrix that hashes are signs of products with. A drawn key weighs as the inverse of its probability;
-    `min_inclusion` is the least probability that hashes use for that (0: the unbiased estimator).
+    `min_inclusion` is the least probability that hashes use for that (0: the unbiased estimator). `guard`: where the
+    standard error of the sum of weights, estimated from the draw, is above this share of it, the step is exact (0: never).
     """
 
     index: str
@@ -76,6 +77,7 @@ class LshParams:
     seed: int = 0
     min_inclusion: float = 0.0
     fraction: float | None = None
+    guard: float = 0.0
 
     def __post_init__(self) -> None:
         if self.index not in LSH_INDEXES:
@@ -84,6 +86,7 @@ class LshParams:
         check_int("lsh seed", self.seed, 0, 2**63 - 1, "; change --seed")
         least = check_number("lsh min_inclusion", self.min_inclusion, 0.0, 1.0, "; change --min-inclusion")
         object.__setattr__(self, "min_inclusion", least)
+        object.__setattr__(self, "guard", check_number("lsh guard", self.guard, 0.0, 1.0, "; change --guard"))
         self._check_sketch()
         wanted: dict[str, tuple[int, int]] = {}
         if self.index == "tables":

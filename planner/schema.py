@@ -47,6 +47,8 @@ def _rule_to_dict(rule: HeadRule) -> dict[str, Any]:
         out["lsh"] = {key: value for key, value in dataclasses.asdict(rule.lsh).items() if value is not None}
         if rule.lsh.index == "sketch":
             del out["lsh"]["min_inclusion"]  # it takes none
+        if not rule.lsh.guard:
+            del out["lsh"]["guard"]
     return out
 
 

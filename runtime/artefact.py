@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from attnspan.planner.errors import UserError
 from attnspan.planner.files import read_json
+from attnspan.planner.hybrid import hybrid_parts
 from attnspan.planner.lsh import FIRST_KEYS
 from attnspan.planner.parts import Part, plan_parts
 from attnspan.planner.plan import Plan
@@ -93,7 +94,7 @@ class Artefact:
         ):
             raise UserError(f"{file} and plan.json disagree about n_max, sink or capacities; {_AGAIN}")
         chunk = check_int(f"{file}: chunk", info.get("chunk"), 1, MAX_CHUNK) if info["target"] == "portable" else None
-        attention = [part.describe(counts["head_dim"]) for part in _parts(plan, chunk)]
+        attention = [part.describe(counts["head_dim"]) for part in _parts(plan, info["target"], chunk)]
         # Artefacts without sampled heads did not always say it.
         if info.get("attention", None if any("state" in part for part in attention) else attention) != attention:
             raise UserError(f"{file} and plan.json disagree about attention, or another version wrote it; {_AGAIN}")
@@ -146,7 +147,7 @@ class Artefact:
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """The attention ops, with their caches and states, in the order of the layers."""
-        return tuple(_parts(self.plan, self.chunk))
+        return tuple(_parts(self.plan, self.target, self.chunk))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -188,7 +189,9 @@ class Artefact:
         return read_json(file) if file.is_file() else {}
 
 
-def _parts(plan: Plan, chunk: int | None) -> Sequence[Part]:
+def _parts(plan: Plan, target: str, chunk: int | None) -> Sequence[Part]:
+    if target == "hybrid":
+        return hybrid_parts(plan)
     return plan_parts(plan) if chunk is None else portable_parts(plan, chunk)
 
 

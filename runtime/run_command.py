@@ -241,12 +241,15 @@ def _figures(session: RowSession, result: Generation) -> dict[str, Any]:
 
 
 def _line(figures: dict[str, Any]) -> str:
+    guarded = ""
+    if "guarded_steps" in figures:
+        guarded = f"{figures['guarded_steps_exact']} of {figures['guarded_steps']} guarded steps exact, "
     indexes = f"indexes {figures['state_bytes'] / 1e6:.1f} MB, " if figures["state_bytes"] else ""
     speed = f" at {figures['tokens_per_second']:.1f} tokens/s" if figures["new_tokens"] > 1 else ""
     return (
         f"[prompt {figures['prompt_tokens']} tokens, first token after {figures['ttft_seconds']:.2f} s, "
         f"{figures['new_tokens']} new{speed}, "
         f"KV {figures['kv_bytes'] / 1e6:.1f} MB of {figures['dense_kv_bytes'] / 1e6:.1f} MB dense "
-        f"for {figures['n_max']} tokens, {indexes}"
+        f"for {figures['n_max']} tokens, {indexes}{guarded}"
         f"peak RSS {figures['peak_rss_bytes'] / 1e6:.0f} MB]"
     )

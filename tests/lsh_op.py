@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 ONNX_TYPE = span_op.ONNX_TYPE | {np.dtype(np.uint8): TensorProto.UINT8}
 INPUTS = (
-    "query", "key", "value", "past_key", "past_value", "past_state", "length", "projection", "key_scale", "value_scale"
+    "query", "key", "value", "past_kv", "past_state", "length", "projection", "key_scale", "value_scale", "span", "query_codes"
 )  # fmt: skip
-OUTPUTS = ("output", "present_key", "present_value", "present_state", "lse")
+OUTPUTS = ("output", "present_kv", "present_state", "lse")
 SEGMENT = 32768  # tokens whose ids are sorted together
 
 
@@ -68,22 +68,28 @@ def session(
     threads: int = 2,
     isa: str = "",
     shapes: bool = True,
+    far: bool = False,
+    codes: bool = False,
     **attributes: Any,
 ) -> ort.InferenceSession:
-    """A session over one node with all outputs; without `shapes` the graph declares none. `dense_below` is 0 unless given."""
+    """A session over one node with all outputs; without `shapes` the graph declares none. `dense_below` is 0 unless given.
+
+    far, codes: the node has the inputs span, query_codes.
+    """
     activation, cache = np.dtype(activation), np.dtype(cache)
     int8 = cache == np.int8
-    types = dict(zip(INPUTS[:7], [activation] * 3 + [cache] * 2 + [np.dtype(np.uint8), np.dtype(np.int32)], strict=True))
+    types = dict(zip(INPUTS[:6], [activation] * 3 + [cache] + [np.dtype(np.uint8), np.dtype(np.int32)], strict=True))
     types |= dict.fromkeys(("key_scale", "value_scale"), np.dtype(np.float32)) if int8 else {}
-    rank = {"length": 1, "past_state": 2, "key_scale": 1, "value_scale": 1}
+    types |= {name: np.dtype(np.int32) for name, given in (("span", far), ("query_codes", codes)) if given}
+    rank = {"length": 1, "past_state": 2, "key_scale": 1, "value_scale": 1, "span": 2, "query_codes": 4}
 
     def info(name: str, dtype: np.dtype, dims: int) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, ONNX_TYPE[dtype], [f"{name}_{i}" for i in range(dims)] if shapes else None)
 
-    names = list(INPUTS if int8 else INPUTS[:8])
-    if hashing is None:
-        names[7] = ""
-    out_types = [activation, cache, cache, np.dtype(np.uint8), np.dtype(np.float32)]
+    names = [name if name in types or (name == "projection" and hashing is not None) else "" for name in INPUTS]
+    while not names[-1]:
+        names.pop()
+    out_types = [activation, cache, np.dtype(np.uint8), np.dtype(np.float32)]
     given = {"num_heads": heads, "kv_num_heads": kv_heads, "dense_below": 0, **attributes_of(hashing), **attributes}
     graph = helper.make_graph(
         [helper.make_node("LshAttention", names, list(OUTPUTS), domain="attnspan", **given)],
@@ -114,8 +120,8 @@ def run(sess: ort.InferenceSession, feeds: dict[str, np.ndarray], in_place: bool
         binding.bind_input(name, "cpu", 0, ONNX_TYPE[array.dtype], list(array.shape), array.ctypes.data)
     batch, tokens, width = feeds["query"].shape
     out = {"output": np.zeros_like(feeds["query"], order="C")}
-    out["lse"] = np.zeros((batch, width // feeds["past_key"].shape[-1], tokens), np.float32)
-    for name in ("key", "value", "state"):
+    out["lse"] = np.zeros((batch, width // (feeds["past_kv"].shape[-1] // 2), tokens), np.float32)
+    for name in ("kv", "state"):
         past = feeds[f"past_{name}"]
         out[f"present_{name}"] = past if in_place else np.zeros_like(past)
     for name, array in out.items():
@@ -142,20 +148,22 @@ class Case:
     isa: str = ""
     seed: int = 0
     attributes: dict[str, Any] = field(default_factory=dict)
+    spans: list[list[int]] | None = None  # [rows][kv_heads]: what another op attends to
+    coded: bool = False  # queries come hashed
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed)
         fixed = {"sink": self.sink, "window": self.window, **self.attributes}
         self.session = session(
             self.heads, self.kv_heads, self.hashing, activation=self.activation, cache=self.cache, threads=self.threads,
-            isa=self.isa, **fixed,
+            isa=self.isa, far=self.spans is not None, codes=self.coded, **fixed,
         )  # fmt: skip
         self.scales: dict[str, np.ndarray] = {}
         if np.dtype(self.cache) == np.int8:
             for name in ("key_scale", "value_scale"):
                 self.scales[name] = self.rng.uniform(0.02, 0.04, self.kv_heads).astype(np.float32)
         slots = self.kv_heads * self.capacity
-        self.past = {name: np.zeros((self.rows, slots, self.dim), self.cache) for name in ("past_key", "past_value")}
+        self.past = {"past_kv": np.zeros((self.rows, slots, 2 * self.dim), self.cache)}
         size = state_bytes(self.hashing, self.kv_heads, self.dim, self.capacity)
         self.past["past_state"] = np.zeros((self.rows, size), np.uint8)
         known = {k: v for k, v in fixed.items() if k in ("sink", "window", "scale", "softcap", "dense_below")}
@@ -179,7 +187,18 @@ class Case:
     def feeds(self, tokens: dict[str, np.ndarray], length: list[int] | None = None) -> dict[str, np.ndarray]:
         """All inputs; `length` is the references' unless given."""
         lengths = np.array([r.length for r in self.reference] if length is None else length, np.int32)
-        return {**tokens, **self.past, "length": lengths, **self.scales}
+        found = {**tokens, **self.past, "length": lengths, **self.scales}
+        if self.spans is not None:
+            found["span"] = np.array(self.spans, np.int32)
+        return found | ({"query_codes": self.codes(tokens["query"][:, -1])} if self.coded else {})
+
+    def codes(self, query: np.ndarray) -> np.ndarray:
+        """What the queries of one token are hashed to, as LshHash packs it: [rows, 1, heads, words]."""
+        assert self.hashing is not None
+        marks = self.hashing.marks(query.reshape(self.rows, 1, self.heads, self.dim).astype(np.float32))
+        if self.hashing.index == "tables":
+            return np.ascontiguousarray(marks).view(np.int32)
+        return np.packbits(marks, axis=-1, bitorder="little").view(np.int32)
 
     def step(
         self, tokens: dict[str, np.ndarray], in_place: bool = True, compared: bool = True
@@ -187,9 +206,10 @@ class Case:
         """One call of the node and of the references; unless `compared`, the references do not attend."""
         got = run(self.session, self.feeds(tokens), in_place)
         if not in_place:
-            self.past = {f"past_{n}": got[f"present_{n}"] for n in ("key", "value", "state")}
+            self.past = {f"past_{n}": got[f"present_{n}"] for n in ("kv", "state")}
+        spans = self.spans or [None] * self.rows
         want = [
-            reference.step(*(tokens[n][b] for n in ("query", "key", "value")), attended=compared)
+            reference.step(*(tokens[n][b] for n in ("query", "key", "value")), attended=compared, spans=spans[b])
             for b, reference in enumerate(self.reference)
         ]
         return got, want
@@ -200,7 +220,7 @@ class Case:
         tokens = self.tokens(count)
         for b, reference in enumerate(self.reference):
             reference.append(tokens["key"][b], tokens["value"][b])
-            for name, new in (("past_key", "key"), ("past_value", "value")):
-                cache = self.past[name].reshape(self.rows, self.kv_heads, self.capacity, self.dim)
-                by_head = tokens[new][b].reshape(count, self.kv_heads, self.dim).swapaxes(0, 1)
-                cache[b, :, reference.length - count : reference.length] = by_head
+            cache = self.past["past_kv"].reshape(self.rows, self.kv_heads, self.capacity, 2, self.dim)
+            for i, name in enumerate(("key", "value")):
+                by_head = tokens[name][b].reshape(count, self.kv_heads, self.dim).swapaxes(0, 1)
+                cache[b, :, reference.length - count : reference.length, i] = by_head

@@ -110,6 +110,8 @@ def attend(score: Floats, values: Floats) -> tuple[Floats, float]:
 def merge(parts: list[tuple[Floats, float]]) -> tuple[Floats, float]:
     """One softmax of parts that were computed apart, by their log-sum-exps."""
     lse = float(np.logaddexp.reduce([part_lse for _, part_lse in parts]))
+    if lse == -math.inf:
+        return parts[0][0], lse
     return np.sum([np.exp(part_lse - lse) * output for output, part_lse in parts if part_lse > -math.inf], axis=0), lse
 
 
@@ -225,9 +227,16 @@ class LshReference:
         which = np.searchsorted(self.starts, positions, side="right") - 1
         return np.stack(self.means)[which, head]
 
-    def step(self, query: Array, key: Array, value: Array, attended: bool = True) -> Step | None:
+    def seen(self, position: int, span: int | None) -> tuple[int, int]:
+        """The first position that a query sees, and the one behind the last; span: SpanAttention's, what it leaves to that."""
+        return (0, position + 1) if span is None else (self.sink, max(self.sink, position + 1 - (span - self.sink)))
+
+    def step(
+        self, query: Array, key: Array, value: Array, attended: bool = True, spans: Array | None = None
+    ) -> Step | None:  # fmt: skip
         """One call: query [tokens, heads * dim], key and value [tokens, kv_heads * dim]. More than one token: exact, and indexed
-        at the end. One token: indexed first, then sampled. `attended` False only brings the state on."""
+        at the end. One token: indexed first and sampled. `attended` False only brings the state on. spans [kv_heads]: of `seen`
+        """
         tokens, past = len(query), self.length
         self.append(key, value)
         self.index()
@@ -238,10 +247,11 @@ class LshReference:
         for head in range(self.heads):
             h = head // (self.heads // self.kv_heads)
             for i in range(tokens):
+                first, last = self.seen(past + i, None if spans is None else int(spans[h]))
                 if tokens == 1 and self.length >= self.dense_below and self.hashing is not None and self.means:
-                    *part, step.drawn[head] = self.sampled(q[i, head], h, head)
+                    *part, step.drawn[head] = self.sampled(q[i, head], h, head, first, last)
                 else:
-                    seen = slice(0, past + i + 1)
+                    seen = slice(first, last)
                     part = attend(scores_of(q[i, head], self.keys[h, seen], self.scale, self.softcap), self.values[h, seen])
                 step.output[i, head], step.lse[head, i] = part
         step.output = step.output.reshape(tokens, -1)
@@ -263,8 +273,10 @@ class LshReference:
         drawn, log_p = sketch.draws(y, wanted, between, self.hashing.fraction, self.length - 1, head)
         return between[drawn], log_p[drawn]
 
-    def sampled(self, query: Floats, h: int, head: int) -> tuple[Floats, float, NDArray[np.int64]]:
-        """Sinks, window and tail exactly, what lies between by sampling; KV head h."""
+    def sampled(
+        self, query: Floats, h: int, head: int, first: int, last: int
+    ) -> tuple[Floats, float, NDArray[np.int64]]:  # fmt: skip
+        """Of the positions from `first` to `last` sinks, window and tail exactly, what lies between by sampling; KV head h."""
         assert self.hashing is not None
         assert self.marks is not None
         if self.hashing.index == "sketch":
@@ -273,7 +285,8 @@ class LshReference:
             between = slice(self.sink, self.indexed)
             drawn = self.sink + np.flatnonzero(self.hashing.draws(self.hashing.marks(query), self.marks[h, between], h))
             log_u = self.hashing.log_inclusion(cosines(query, self.keys[h, drawn] - self.mean_of(drawn, h)), h)
-        exact = np.r_[0 : self.sink, self.indexed : self.length]
+        log_u, drawn = log_u[drawn < last], drawn[drawn < last]
+        exact = np.r_[first : self.sink, min(self.indexed, last) : last]
 
         def part(at: NDArray[np.int64], raised: Floats | float) -> tuple[Floats, float]:
             return attend(scores_of(query, self.keys[h, at], self.scale, self.softcap) + raised, self.values[h, at])

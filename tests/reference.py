@@ -54,7 +54,8 @@ def span_attention_reference(
 ) -> tuple[Array, Array, Array, Array]:
     """SpanAttention: `output` [batch, tokens, heads * dim], `present_key`, `present_value`, `lse` [batch, heads, tokens].
 
-    `output` and `lse` are float64; the presents have the past's type. Raises ValueError for a span over its capacity.
+    `output` and `lse` are float64; the presents have the past's type. Raises ValueError for a span over its capacity
+    once tokens have left the ring.
     """
     batch, tokens, _ = query.shape
     dim = past_key.shape[-1]
@@ -62,7 +63,7 @@ def span_attention_reference(
     heads = query.shape[-1] // dim
     group = heads // kv_heads
     scale = scale or 1 / np.sqrt(dim)
-    if np.any(span > np.asarray(capacity)):
+    if np.any((span > np.asarray(capacity)) & (np.asarray(length)[:, None] > np.asarray(capacity))):
         raise ValueError(f"span {span.tolist()} is over the capacity {capacity}")
 
     q = query.reshape(batch, tokens, heads, dim).astype(np.float64)

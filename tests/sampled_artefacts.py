@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from tiny_models import export_rules, export_tiny
 
@@ -45,6 +48,20 @@ def export_kinds(root: Path) -> dict[str, Path]:
         rules = [[lsh, HeadRule("span", 0, 0.5)], [lsh, lsh]]
         found[name] = export_rules(root / name, rules, n_max=N_MAX).folder
     return found
+
+
+def sample_always(folder: Path) -> Path:
+    """Change an artefact to sample from the first indexed key on: of its own accord the library does so from 2048 tokens."""
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "LshAttention":
+            node.attribute.append(onnx.helper.make_attribute("dense_below", 0))
+    content = model.SerializeToString()
+    (folder / "model.onnx").write_bytes(content)
+    info = json.loads((folder / "attnspan.json").read_text())
+    info["files"]["model.onnx"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "attnspan.json").write_text(json.dumps(info))
+    return folder
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

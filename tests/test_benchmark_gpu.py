@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sampled_artefacts import needs_library
+from tiny_models import export_tiny
 
 from attnspan.planner.plan import Plan
 from attnspan.planner.rules import HeadRule
@@ -114,11 +116,54 @@ def test_budget_cuts_from_the_end_and_says_so(tmp_path: Path) -> None:
     assert f"Not run, for want of time (--budget 1e-06): {result['not_run'][0]}; " in done.stdout
 
 
+def test_a_hybrid_artefact_is_not_compared_where_there_is_no_cuda_provider(tmp_path: Path) -> None:
+    """The reason is told, and nothing has failed."""
+    done = run("--dry-run", "--only", "hybrid", "--hybrid", tmp_path / "any", "-o", tmp_path)
+    result = json.loads((tmp_path / "gpu-dry-run.json").read_text())
+    assert result["hybrid"] is None
+    assert result["failed"] == []
+    reason = f"not compared: {tmp_path / 'any'}: device is cuda: onnxruntime "
+    assert [note for note in result["notes"] if note.startswith(reason)]
+    assert reason in done.stdout
+
+
+@needs_library
+def test_a_hybrid_artefact_is_compared_token_by_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a session on the CPU in place of the one on the GPU, and then with one that is wrong."""
+    import gpu_hybrid
+
+    from attnspan.cpu_runtime import library, loading, session
+
+    folder = export_tiny(tmp_path, n_max=256).folder
+    shift = [0.0]
+
+    class Stand(session.Session):
+        def __init__(self, *arguments: Any, device: str = "cpu", **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.shift = shift[0] if device == "cuda" else 0.0
+
+        def decode(self, tokens: Any) -> Any:
+            logits = super().decode(tokens)
+            logits[:, 0] += self.shift * np.abs(logits).max()
+            return logits
+
+    monkeypatch.setattr(loading, "check_device", lambda device: None)
+    monkeypatch.setattr(library, "cuda_library_path", library.library_path)
+    monkeypatch.setattr(session, "Session", Stand)
+    found = gpu_hybrid.check(folder, tmp_path)
+    assert (found["ok"], found["error"], found["tokens_equal"], found["tokens"]) == (True, 0.0, 33, 33)
+    assert json.loads((tmp_path / "hybrid-trace.json").read_text())["traceEvents"]
+    shift[0] = 3.0
+    found = gpu_hybrid.check(folder, tmp_path)
+    assert not found["ok"]
+    assert found["error"] > found["limit"]
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         ([], "no NVIDIA GPU here; run on a machine that has one, or add --dry-run"),
-        (["--only", "decode,train"], "--only holds 'train'; allowed are checks, decode, prefill, chunk, small"),
+        (["--only", "decode,train"], "--only holds 'train'; allowed are checks, hybrid, decode, prefill, chunk, small"),
         (["--budget", "0"], "--budget is 0; allowed are seconds above 0"),
         (["-o", "/nowhere"], "-o is /nowhere; allowed is a folder that exists"),
         (["--dry-run", "--plan", "/nowhere.json"], "cannot read /nowhere.json: No such file or directory"),

@@ -26,6 +26,8 @@ from attnspan.runtime.artefact import Artefact
         ("portable", {}, "fp32", "fp32", 256),
         ("portable", {"cache_dtype": "bf16", "chunk": 64}, "fp32", "bf16", 64),
         ("portable", {"dtype": "bf16"}, "bf16", "bf16", 256),
+        ("hybrid", {}, "fp16", "fp16", None),
+        ("hybrid", {"dtype": "fp32", "cache_dtype": "bf16"}, "fp32", "bf16", None),
     ],
 )
 def test_defaults(target: str, given: dict[str, Any], dtype: str, cache: str, chunk: int | None) -> None:
@@ -36,7 +38,7 @@ def test_defaults(target: str, given: dict[str, Any], dtype: str, cache: str, ch
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("gpu", None, None, None), "--target is 'gpu'; must be one of cpu, tensorrt, portable"),
+        (("gpu", None, None, None), "--target is 'gpu'; must be one of cpu, tensorrt, portable, hybrid"),
         (("cpu", "fp16", None, None), "--dtype is 'fp16'; target cpu computes in fp32"),
         (("tensorrt", "fp32", None, None), "--dtype is 'fp32'; target tensorrt computes in bf16 or fp16"),
         (("cpu", None, "int4", None), "--cache-dtype is 'int4'; must be one of bf16, fp16, fp32, int8"),

@@ -68,7 +68,7 @@ def test_tensors_of_a_device_without_kernels_are_refused() -> None:
     ("change", "message"),
     [
         ({"length": [-1]}, "length is [-1]: must be 0 or more"),
-        ({"span": [[192, 131]]}, "span of row 0, KV head 1 is 131: must be from 128 to its capacity 130"),
+        ({"span": [[192, 131]], "length": [131]}, "span of row 0, KV head 1 is 131: must be from 128 to its capacity 130"),
         ({"span": [[127, 130]]}, "span of row 0, KV head 0 is 127: must be from 128 to its capacity 192"),
         ({"offset": [0, 191]}, "heads must fill 322 slots in order"),
         ({"capacity": [192, 131]}, "heads must fill 322 slots in order"),

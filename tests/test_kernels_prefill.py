@@ -133,8 +133,13 @@ def test_random_calls(seed: int) -> None:
     check_caches(case, want)
 
 
-def test_a_span_over_the_capacity_counts_as_the_capacity() -> None:
-    case = Case([300, 100], [[192, 130]] * 2, CAPACITY, tokens=20)
+@pytest.mark.parametrize("tokens", [20, 333])
+def test_a_span_over_the_capacity_is_any_until_a_token_has_left_the_ring(tokens: int) -> None:
+    """Then it counts as the capacity: what it asks for is not there."""
+    wide = [[1192, 2**31 - 1]] * 3
+    case = Case([300, 130, 0, 77], [[192, 130], *wide], CAPACITY, tokens=tokens)
     want = case.reference()
-    case.inputs["span"] += 1000
-    check(case, want, span_prefill(**case.of(), **case.options))
+    case.inputs["span"][0] += 1000
+    output, lse = span_attention(**case.of(), **case.options, return_lse=True)
+    check(case, want, output, lse)
+    check_caches(case, want)

@@ -71,7 +71,7 @@ def test_sketches(tmp_path: Path) -> None:
         assert not {"min_inclusion", "bits", "tables", "signature_bits", "max_hamming"} & set(node)
     assert "fraction" not in tables
     assert len({x["identity"] for x in (one, other, tables, later)}) == 4
-    names = [x.input[7] for x in nodes.values()]
+    names = [x.input[6] for x in nodes.values()]
     assert names[0] == names[1] == names[3] != names[2]
     constants = {x.name: numpy_helper.to_array(x) for x in model.graph.initializer}
     np.testing.assert_array_equal(constants[names[0]], signs(16, 0))
@@ -107,7 +107,7 @@ def test_graph(mixed: Path) -> None:
     assert len({attributes(x)["identity"] for x in nodes.values() if x.op_type == "LshAttention"}) == 4
     # One projection of each shape, shared by layers; index exact has none.
     constants = {x.name: numpy_helper.to_array(x) for x in model.graph.initializer if "projection" in x.name}
-    names = {x: list(nodes[f"layers.{x}.attention"].input)[7:] for x in ("0.lsh", "0.lsh2", "1.lsh", "2")}
+    names = {x: list(nodes[f"layers.{x}.attention"].input)[6:] for x in ("0.lsh", "0.lsh2", "1.lsh", "2")}
     assert names["0.lsh"] == names["2"]
     assert names["1.lsh"] == []
     assert set(constants) == {*names["0.lsh"], *names["0.lsh2"]}
@@ -130,12 +130,13 @@ def test_inputs_are_those_that_attnspan_json_names(mixed: Path) -> None:
     wanted = {}
     for part in parts:
         for when in ("past", "present"):
-            wanted |= {f"{when}_{part[kind]}": (onnx.TensorProto.FLOAT, sum(part["capacity"])) for kind in ("key", "value")}
+            kinds = [kind for kind in ("key", "value", "kv") if kind in part]
+            wanted |= {f"{when}_{part[kind]}": (onnx.TensorProto.FLOAT, sum(part["capacity"])) for kind in kinds}
             if "state" in part:
                 wanted[f"{when}_{part['state']}"] = (onnx.TensorProto.UINT8, part["state_bytes"])
     got = {name: (x.elem_type, x.shape.dim[1].dim_value) for name, x in values.items() if name.startswith(("past_", "present_"))}
     assert got == wanted
-    assert {"past_key.0", "past_key.0.lsh", "past_state.0.lsh2", "past_state.2"} <= set(got)
+    assert {"past_key.0", "past_kv.0.lsh", "past_state.0.lsh2", "past_state.2"} <= set(got)
 
 
 def compare(folder: Path, tokens: int = 400) -> list[Row]:
@@ -173,7 +174,7 @@ def test_cache_types(cache: str, tmp_path: Path) -> None:
     compare(done.folder, 100)
     kinds = {x.name: x.dtype for x in ir.load(done.folder / "model.onnx").graph.inputs}
     assert kinds["past_state.0.lsh"] == ir.DataType.UINT8
-    assert kinds["past_key.0.lsh"] == {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}[cache]
+    assert kinds["past_kv.0.lsh"] == {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}[cache]
 
 
 def test_memory_is_told(mixed: Path) -> None:

@@ -31,17 +31,15 @@ def session(index: str, cache: Any, with_lse: bool = True, **attributes: Any) ->
         "query": ["batch", "tokens", 4 * DIM],
         "key": ["batch", "tokens", 2 * DIM],
         "value": ["batch", "tokens", 2 * DIM],
-        "past_key": ["batch", 2 * CAPACITY, DIM],
-        "past_value": ["batch", 2 * CAPACITY, DIM],
+        "past_kv": ["batch", 2 * CAPACITY, 2 * DIM],
         "past_state": ["batch", BYTES],
         "length": ["batch"],
         "output": ["batch", "tokens", 4 * DIM],
-        "present_key": ["batch", 2 * CAPACITY, DIM],
-        "present_value": ["batch", 2 * CAPACITY, DIM],
+        "present_kv": ["batch", 2 * CAPACITY, 2 * DIM],
         "present_state": ["batch", BYTES],
         "lse": ["batch", 4, "tokens"],
     }
-    kinds = [np.float32] * 3 + [cache] * 2 + [np.uint8, np.int32, np.float32, cache, cache, np.uint8, np.float32]
+    kinds = [np.float32] * 3 + [cache, np.uint8, np.int32, np.float32, cache, np.uint8, np.float32]
     onnx_types = span_op.ONNX_TYPE | {np.dtype(np.uint8): TensorProto.UINT8}
     values = [
         helper.make_tensor_value_info(name, onnx_types[np.dtype(kind)], shape)
@@ -51,11 +49,11 @@ def session(index: str, cache: Any, with_lse: bool = True, **attributes: Any) ->
     columns = {"signature": 64, "tables": 30}.get(index)
     constant = None if index == "exact" else signs(DIM, 0) if columns is None else projection(DIM, columns, 0)
     constants = [] if constant is None else [numpy_helper.from_array(constant, "projection")]
-    outputs = slice(7, 12 if with_lse else 11)
+    outputs = slice(6, 10 if with_lse else 9)
     attributes |= INDEXES[index] | {"index": index, "num_heads": 4, "kv_num_heads": 2, "layer": 3, "identity": 2**62}
-    inputs = [*names[:7], "projection"] if constants else names[:7]
+    inputs = [*names[:6], "projection"] if constants else names[:6]
     node = helper.make_node(LSH_ATTENTION.name, inputs, names[outputs], domain=DOMAIN, **attributes)
-    graph = helper.make_graph([node], "one_node", values[:7], values[outputs], constants)
+    graph = helper.make_graph([node], "one_node", values[:6], values[outputs], constants)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     body = LshAttention.to_function_proto()
     if not with_lse:
@@ -81,12 +79,12 @@ def check(runner: ort.InferenceSession, cache: Any, in_place: bool, chunks: list
         want, *want_past, want_lse = span_attention_reference(
             query, key, value, *past, lengths, everything, [CAPACITY] * 2, 0, **attributes
         )
-        feeds = dict(zip(span_op.INPUTS[:5], (query, key, value, *past), strict=True)) | {"length": lengths, "past_state": state}
+        feeds = {"query": query, "key": key, "value": value, "length": lengths, "past_state": state}
+        feeds["past_kv"] = np.concatenate(past, axis=-1)
         got = run(runner, feeds, in_place)
         np.testing.assert_allclose(got["output"], want, rtol=2e-6, atol=2e-6)
         np.testing.assert_allclose(got["lse"], want_lse, rtol=2e-6, atol=2e-6)
-        for name, expected in zip(("present_key", "present_value"), want_past, strict=True):
-            np.testing.assert_array_equal(got[name].view(np.uint8), expected.view(np.uint8))
+        np.testing.assert_array_equal(got["present_kv"].view(np.uint8), np.concatenate(want_past, axis=-1).view(np.uint8))
         np.testing.assert_array_equal(got["present_state"], before)
         past, lengths = want_past, lengths + np.int32(tokens)
 
@@ -98,7 +96,7 @@ def run(runner: ort.InferenceSession, feeds: dict[str, np.ndarray], in_place: bo
         binding.bind_input(name, "cpu", 0, types[array.dtype], list(array.shape), array.ctypes.data)
     batch, tokens, width = feeds["query"].shape
     out = {"output": np.zeros((batch, tokens, width), np.float32), "lse": np.zeros((batch, 4, tokens), np.float32)}
-    for name in ("key", "value", "state"):
+    for name in ("kv", "state"):
         past = feeds[f"past_{name}"]
         out[f"present_{name}"] = past if in_place else np.zeros_like(past)
     for name, array in out.items():
@@ -122,7 +120,7 @@ def test_attributes(attributes: dict[str, float]) -> None:
 
 def test_a_node_may_leave_lse_out() -> None:
     runner = session("tables", np.float32, with_lse=False)
-    assert [x.name for x in runner.get_outputs()] == ["output", "present_key", "present_value", "present_state"]
+    assert [x.name for x in runner.get_outputs()] == ["output", "present_kv", "present_state"]
 
 
 def test_a_chunk_beyond_the_caches_is_an_error() -> None:
@@ -137,5 +135,5 @@ def test_attributes_are_those_of_the_schema() -> None:
     defaults = {x.name: helper.get_attribute_value(x) for x in body.attribute_proto}
     for name, value in defaults.items():
         assert value == helper.get_attribute_value(LSH_ATTENTION.attributes[name].default_value)
-    assert list(body.input) == [x.name for x in LSH_ATTENTION.inputs[:8]]
+    assert list(body.input) == [x.name for x in LSH_ATTENTION.inputs[:7]]
     assert list(body.output) == [x.name for x in LSH_ATTENTION.outputs]

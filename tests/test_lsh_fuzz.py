@@ -72,9 +72,9 @@ def test_malformed_attributes_are_errors(hashing: Hashing, attributes: dict[str,
         ("query", lambda x: x[..., :-1], "query has shape"),
         ("key", lambda x: x[:, :0], "key has shape"),
         ("value", lambda x: x[..., :16], "value has shape"),
-        ("past_key", lambda x: x[:, :-1], "past_key has shape [1, 2047, 16]"),
-        ("past_key", lambda x: x[:, :8], "past_key has shape [1, 8, 16]"),
-        ("past_value", lambda x: x[:, :-64], "past_value has shape"),
+        ("past_kv", lambda x: x[:, :-1], "past_kv has shape [1, 2047, 32]"),
+        ("past_kv", lambda x: x[:, :8], "past_kv has shape [1, 8, 32]"),
+        ("past_kv", lambda x: x[..., :16], "past_kv has shape [1, 2048, 16]"),
         ("past_state", lambda x: x[:, :-1], "past_state has shape"),
         ("past_state", lambda x: x[:, :256], "past_state has shape [1, 256]"),
         ("past_state", lambda x: np.tile(x, 2), "past_state has shape"),
@@ -146,8 +146,7 @@ def test_the_state_of_another_index_is_refused() -> None:
     case.step(case.tokens(400))
     feeds = case.feeds(case.tokens(1))
     half = replace(SIGNATURE, projection=PROJECTION[:, :64])
-    for name in ("past_key", "past_value"):
-        feeds[name] = np.zeros((1, 2 * 2048, 16), np.float32)
+    feeds["past_kv"] = np.zeros((1, 2 * 2048, 32), np.float32)
     assert "past_state has " in refusal(case, feeds, hashing=half)
     exact = Case(None)
     exact.past["past_state"] = np.ascontiguousarray(case.past["past_state"][:, : exact.past["past_state"].shape[1]])

@@ -111,6 +111,11 @@ def test_span_below_the_sinks_still_sees_the_query_itself() -> None:
     check([12, 16], [[0, 5]], [40], [3, 1])
 
 
+def test_a_span_over_the_capacity_sees_everything_while_nothing_has_left_the_ring() -> None:
+    for chunks in ([40], [1]):
+        check([12, 16], [[100, 100], [13, 100]], [0, 12], chunks)
+
+
 @given(data=st.data())
 @settings(max_examples=30, deadline=None)
 def test_any_shape(data: st.DataObject) -> None:

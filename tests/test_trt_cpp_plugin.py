@@ -74,6 +74,7 @@ def test_what_cannot_be_built_is_told_when_it_is_configured(tmp_path: Path) -> N
             f"is '{tmp_path}', which has no attnspan_kernels.h",
         ),
         ("c", (f"-DTENSORRT_ROOT={new}", "-DATTNSPAN_PYTHON=/bin/false"), "/bin/false cannot compile the kernels"),
+        ("d", ("-DATTNSPAN_ORT_CUDA=ON",), "ATTNSPAN_ORT_CUDA is ON and ATTNSPAN_ORT is OFF"),
     ):
         done = configure(tmp_path / name, *options)
         assert done.returncode == 1

@@ -54,14 +54,14 @@ def table() -> list[Path]:
     return [source.with_suffix(".o") for source in sources]
 
 
-def compile_cpp(out: Path, main: str, *flags: str, more: Sequence[str] = ()) -> None:
-    """A program or library: the launch layer, `more` of the sources, the stand-in for the CUDA runtime, tests/cpp/`main`."""
+def compile_cpp(out: Path, main: str | None, *flags: str, more: Sequence[str] = (), end: Sequence[str | Path] = ()) -> None:
+    """A program or library: the launch layer, `more` of its folder, a CUDA runtime that writes down, tests/cpp/`main`, `end`."""
     objects, include = table(), cuda_include()
     assert include is not None
     common = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-pedantic", "-fPIC", f"-I{SRC}", f"-I{folder()}", "-isystem", include]
-    cpp = [ROOT / "tests/cpp" / name for name in ("fake_cudart.cc", main)]
+    cpp = [ROOT / "tests/cpp" / name for name in ("fake_cudart.cc", main) if name]
     sources = [*SOURCES, *(SRC / name for name in more)]
-    subprocess.run(["c++", *common, *flags, *sources, *cpp, *objects, "-pthread", "-o", out], check=True)
+    subprocess.run(["c++", *common, *flags, *sources, *cpp, *end, *objects, "-pthread", "-o", out], check=True)
 
 
 class Refused(Exception):  # noqa: N818

@@ -57,18 +57,22 @@ struct CallView {
   const Kernels& kernels;
   std::vector<int64_t> offset;
   int64_t group, dim, row_bytes, slots;
+  int64_t stride, slot_bytes;  // from one slot to the next, in elements and bytes
   float scale;
 
   CallView(const SpanConfig& c, const SpanCall& a, const Kernels& k)
       : config(c), call(a), kernels(k), offset(c.offset()), group(c.heads / c.kv_heads), dim(a.head_dim),
         row_bytes(a.head_dim * size_of(a.cache)), slots(offset.back()),
+        stride(a.past_value ? a.head_dim : 2 * a.head_dim), slot_bytes(stride * size_of(a.cache)),
         scale(c.scale != 0.f ? c.scale : 1.f / std::sqrt(float(a.head_dim))) {}
 
   float key_scale(int64_t h) const { return call.key_scale ? call.key_scale[h] : 1.f; }
   float value_scale(int64_t h) const { return call.value_scale ? call.value_scale[h] : 1.f; }
 
-  char* ring(void* cache, int64_t b, int64_t h) const {
-    return static_cast<char*>(cache) + (b * slots + offset[h]) * row_bytes;
+  // The first slot of a head, its key and its value.
+  char* keys(int64_t b, int64_t h) const { return static_cast<char*>(call.past_key) + (b * slots + offset[h]) * slot_bytes; }
+  char* values(int64_t b, int64_t h) const {
+    return call.past_value ? static_cast<char*>(call.past_value) + (b * slots + offset[h]) * slot_bytes : keys(b, h) + row_bytes;
   }
   // Element of an activation [batch, tokens, n * head_dim].
   template <class V>
@@ -87,13 +91,13 @@ struct CallView {
   void load_query(int64_t b, int64_t t, int64_t h, float factor, float* to) const {  // all query heads of KV head h
     kernels.load(call.activation, element(call.query, b, t, config.heads, h * group), factor, to, group * dim);
   }
-  // Divides by the sum, applies the value scale, writes the output and the log-sum-exp of one query head.
+  // Divides by the sum, applies the value scale, writes the output and the log-sum-exp of one query head. Without keys: zeros, -inf.
   void finish(int64_t b, int64_t t, int64_t h, int64_t g, float* acc, float max, float sum) const {
     const int64_t head = h * group + g;
-    const float factor = value_scale(h) / sum;
+    const float factor = sum == 0.f ? 0.f : value_scale(h) / sum;
     for (int64_t d = 0; d < dim; ++d) acc[d] *= factor;
     kernels.store(call.activation, acc, 1.f, element(call.output, b, t, config.heads, head), dim);
-    if (call.lse) call.lse[(b * config.heads + head) * call.tokens + t] = max + std::log(sum);
+    if (call.lse) call.lse[(b * config.heads + head) * call.tokens + t] = sum == 0.f ? -INFINITY : max + std::log(sum);
   }
 };
 

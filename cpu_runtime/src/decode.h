@@ -28,13 +28,13 @@ ATTNSPAN_INLINE void fetch(const C* p, int64_t count) {
 
 // Scores of `T` tokens for `G` heads into s[token * P + head]; P = 4 for three or four heads.
 template <class C, int G, int T, int P>
-ATTNSPAN_INLINE void score_tokens(const float* query, int64_t dim, const C* key, float* s) {
+ATTNSPAN_INLINE void score_tokens(const float* query, int64_t dim, const C* key, int64_t stride, float* s) {
   static_assert(T * P % 4 == 0, "scores are reduced four at a time");
   vf acc[T][P] = {};
   int64_t d = 0;
   for (; d + W <= dim; d += W) {
     vf k[T];
-    for (int t = 0; t < T; ++t) k[t] = load(key + t * dim + d);
+    for (int t = 0; t < T; ++t) k[t] = load(key + t * stride + d);
     for (int g = 0; g < G; ++g) {
       vf q = load(query + g * dim + d);
       keep(q);
@@ -46,18 +46,17 @@ ATTNSPAN_INLINE void score_tokens(const float* query, int64_t dim, const C* key,
   // Head dimensions that are no multiple of the vector are rare; their rest is added apart to keep `acc` in registers above.
   for (; d < dim; ++d)
     for (int t = 0; t < T; ++t)
-      for (int g = 0; g < G; ++g) s[t * P + g] += to_float(key[t * dim + d]) * query[g * dim + d];
+      for (int g = 0; g < G; ++g) s[t * P + g] += to_float(key[t * stride + d]) * query[g * dim + d];
 }
 
-// acc[g, d0 : d0 + N*W] += p[t, g] * value[t, d0 : d0 + N*W] over all tokens.
+// acc[g, d0 : d0 + N*W] += p[t, g] * value[t, d0 : d0 + N*W] over all tokens. next: what to ask for meanwhile, N * W elements a token.
 template <class C, int G, int N, int P>
-ATTNSPAN_INLINE void add_values(const float* p, int64_t tokens, const C* value, int64_t ahead, int64_t dim, int64_t d0, float* acc) {
+ATTNSPAN_INLINE void add_values(const float* p, int64_t tokens, const C* value, int64_t stride, const C* next, int64_t dim, int64_t d0, float* acc) {
   vf a[G][N];
   for (int g = 0; g < G; ++g)
     for (int i = 0; i < N; ++i) a[g][i] = load(acc + g * dim + d0 + i * W);
-  const C* next = value + ahead + d0 * tokens;  // this pass's share, so that all passes together walk the block in order
   for (int64_t t = 0; t < tokens; ++t) {
-    const C* row = value + t * dim + d0;
+    const C* row = value + t * stride + d0;
     __builtin_prefetch(next + t * N * W, 0, 2);
     vf v[N];
     for (int i = 0; i < N; ++i) v[i] = load(row + i * W);
@@ -108,8 +107,8 @@ ATTNSPAN_INLINE void softmax_block(float* s, int64_t tokens, float softcap, int6
 }
 
 template <class C, int G>
-ATTNSPAN_INLINE void decode_block(const float* query, int64_t dim, const C* key, const C* value, int64_t ahead, int64_t tokens,
-                                  float softcap, Running& running, float* acc) {
+ATTNSPAN_INLINE void decode_block(const float* query, int64_t dim, const C* key, const C* value, int64_t stride, int64_t ahead,
+                                  int64_t tokens, float softcap, Running& running, float* acc) {
   constexpr int P = lanes_of(G);             // lanes a token takes in the score block
   constexpr int T = kAccumulators / P;      // tokens that share a load of q
   constexpr int N = kRegisters / 2 / P;     // vectors of V that share a load of p
@@ -117,23 +116,25 @@ ATTNSPAN_INLINE void decode_block(const float* query, int64_t dim, const C* key,
   alignas(64) float s[kBlock * 4 + W + 16];
   int64_t t = 0;
   for (; t + T <= tokens; t += T) {
-    fetch(key + t * dim + ahead, T * dim);
-    score_tokens<C, G, T, P>(query, dim, key + t * dim, s + t * P);
+    fetch(key + t * stride + ahead, T * stride);
+    score_tokens<C, G, T, P>(query, dim, key + t * stride, stride, s + t * P);
   }
-  for (; t + one <= tokens; t += one) score_tokens<C, G, one, P>(query, dim, key + t * dim, s + t * P);
+  for (; t + one <= tokens; t += one) score_tokens<C, G, one, P>(query, dim, key + t * stride, stride, s + t * P);
   for (; t < tokens; ++t)
     for (int g = 0; g < G; ++g) {
       float dot = 0.f;
-      for (int64_t d = 0; d < dim; ++d) dot += query[g * dim + d] * to_float(key[t * dim + d]);
+      for (int64_t d = 0; d < dim; ++d) dot += query[g * dim + d] * to_float(key[t * stride + d]);
       s[t * P + g] = dot;
     }
   softmax_block<G, P>(s, tokens, softcap, dim, running, acc);
+  // Each pass asks for its share of the next block, so that all together walk it in order. Values beside their keys came with them.
+  const C* next = stride == dim ? value + ahead : value;
   int64_t d = 0;
-  for (; d + N * W <= dim; d += N * W) add_values<C, G, N, P>(s, tokens, value, ahead, dim, d, acc);
-  for (; d + W <= dim; d += W) add_values<C, G, 1, P>(s, tokens, value, ahead, dim, d, acc);
+  for (; d + N * W <= dim; d += N * W) add_values<C, G, N, P>(s, tokens, value, stride, next + d * tokens, dim, d, acc);
+  for (; d + W <= dim; d += W) add_values<C, G, 1, P>(s, tokens, value, stride, next + d * tokens, dim, d, acc);
   for (; d < dim; ++d)
     for (int g = 0; g < G; ++g)
-      for (t = 0; t < tokens; ++t) acc[g * dim + d] += s[t * P + g] * to_float(value[t * dim + d]);
+      for (t = 0; t < tokens; ++t) acc[g * dim + d] += s[t * P + g] * to_float(value[t * stride + d]);
 }
 
 // Enters or leaves the lanes of a run: `max` and `sum` hold one number for each head.
@@ -157,9 +158,9 @@ template <class C>
 void decode_run(const attnspan::DecodeRun& run, const attnspan::SoftmaxState& state) {
   const int64_t dim = run.head_dim;
   const C *key = static_cast<const C*>(run.key), *value = static_cast<const C*>(run.value);
-  const int64_t start = (run.tokens < kBlock ? run.tokens : kBlock) * dim;
+  const int64_t stride = run.stride, start = (run.tokens < kBlock ? run.tokens : kBlock) * stride;
   fetch(key, start);
-  fetch(value, start);
+  if (stride == dim) fetch(value, start);
   // Groups of four rows share a walk over the keys: 64 rows at most, beyond which the keys are read again.
   constexpr int64_t kGroups = 16;
   for (int64_t base = 0; base < run.rows; base += 4 * kGroups) {
@@ -169,17 +170,17 @@ void decode_run(const attnspan::DecodeRun& run, const attnspan::SoftmaxState& st
       running[row / 4] = enter(state.max + base + row, state.sum + base + row, int(rows - row < 4 ? rows - row : 4));
     for (int64_t first = 0; first < run.tokens; first += kBlock) {
       const int64_t rest = run.tokens - first, tokens = rest < kBlock ? rest : kBlock;
-      const int64_t ahead = rest > kBlock ? kBlock * dim : 0;  // nothing behind the run is fetched: it is another task's
-      const C *k = key + first * dim, *v = value + first * dim;
+      const int64_t ahead = rest > kBlock ? kBlock * stride : 0;  // nothing behind the run is fetched: it is another task's
+      const C *k = key + first * stride, *v = value + first * stride;
       for (int64_t row = 0; row < rows; row += 4) {
         const float* query = run.query + (base + row) * dim;
         float* acc = state.acc + (base + row) * dim;
         Running& r = running[row / 4];
         switch (rows - row) {
-          case 1: decode_block<C, 1>(query, dim, k, v, ahead, tokens, run.softcap, r, acc); break;
-          case 2: decode_block<C, 2>(query, dim, k, v, ahead, tokens, run.softcap, r, acc); break;
-          case 3: decode_block<C, 3>(query, dim, k, v, ahead, tokens, run.softcap, r, acc); break;
-          default: decode_block<C, 4>(query, dim, k, v, ahead, tokens, run.softcap, r, acc); break;
+          case 1: decode_block<C, 1>(query, dim, k, v, stride, ahead, tokens, run.softcap, r, acc); break;
+          case 2: decode_block<C, 2>(query, dim, k, v, stride, ahead, tokens, run.softcap, r, acc); break;
+          case 3: decode_block<C, 3>(query, dim, k, v, stride, ahead, tokens, run.softcap, r, acc); break;
+          default: decode_block<C, 4>(query, dim, k, v, stride, ahead, tokens, run.softcap, r, acc); break;
         }
       }
     }

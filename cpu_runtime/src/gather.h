@@ -45,8 +45,8 @@ ATTNSPAN_INLINE vf log_inclusion(const float* table, vf cosine) {
   return low + (high - low) * part;
 }
 
-// Asks the second cache for a row that is needed in a block's time: it takes many more requests at once than the first. Keys are asked
-// for while keys are multiplied and values while values are summed, line by line, so that memory is busy all the time.
+// Asks the second cache for a row that is needed in a block's time: it takes many more requests at once than the first. A key and its
+// value lie side by side: one page of memory is opened for both.
 template <class C>
 ATTNSPAN_INLINE void fetch_far(const C* p, int64_t count) {
   for (int64_t i = 0; i < count; i += kLine<C>) __builtin_prefetch(p + i, 0, 2);
@@ -59,12 +59,12 @@ ATTNSPAN_INLINE void score_rows(const attnspan::GatherTask& task, const int32_t*
                                 float* norm) {
   const int64_t dim = task.head_dim;
   const C *base = static_cast<const C*>(task.key), *row[T], *ahead[T];
-  for (int t = 0; t < T; ++t) row[t] = base + int64_t(id[t]) * dim, ahead[t] = base + int64_t(next[t]) * dim;
+  for (int t = 0; t < T; ++t) row[t] = base + int64_t(id[t]) * 2 * dim, ahead[t] = base + int64_t(next[t]) * 2 * dim;
   vf acc[T][P] = {}, square[4] = {};
   int64_t d = 0;
   for (; d + W <= dim; d += W) {
     if (d % kLine<C> == 0)
-      for (int t = 0; t < T; ++t) __builtin_prefetch(ahead[t] + d, 0, 2);
+      for (int t = 0; t < T; ++t) __builtin_prefetch(ahead[t] + d, 0, 2), __builtin_prefetch(ahead[t] + d + dim, 0, 2);
     vf k[T];
     for (int t = 0; t < T; ++t) {
       k[t] = load(row[t] + d);
@@ -91,16 +91,14 @@ ATTNSPAN_INLINE void score_rows(const attnspan::GatherTask& task, const int32_t*
 }
 
 template <class C, int G, int N, int P>
-ATTNSPAN_INLINE void add_rows(const attnspan::GatherTask& task, const float* p, const int32_t* id, const int32_t* next, int64_t rows,
-                              int64_t d0, float* acc) {
+ATTNSPAN_INLINE void add_rows(const attnspan::GatherTask& task, const float* p, const int32_t* id, int64_t rows, int64_t d0, float* acc) {
   const int64_t dim = task.head_dim;
-  const C* base = static_cast<const C*>(task.value);
+  const C* base = static_cast<const C*>(task.key) + dim + d0;
   vf a[G][N];
   for (int g = 0; g < G; ++g)
     for (int i = 0; i < N; ++i) a[g][i] = load(acc + g * dim + d0 + i * W);
   for (int64_t t = 0; t < rows; ++t) {
-    const C* row = base + int64_t(id[t]) * dim + d0;
-    fetch_far(base + int64_t(next[t]) * dim + d0, N * W);
+    const C* row = base + int64_t(id[t]) * 2 * dim;
     vf v[N];
     for (int i = 0; i < N; ++i) v[i] = load(row + i * W);
     for (int g = 0; g < G; ++g) {
@@ -150,10 +148,10 @@ ATTNSPAN_INLINE QueryFacts query_facts(const attnspan::GatherTask& task) {
 // rows: a multiple of T; next: the ids of the block behind, `rows` of them readable.
 template <class C, int G, bool Hashed>
 ATTNSPAN_INLINE void gather_block(const attnspan::GatherTask& task, const QueryFacts& facts, const int32_t* id, const uint8_t* drawn,
-                                  const int32_t* next, int64_t rows, Running& running, float* acc) {
+                                  const int32_t* next, int64_t rows, Running& running, vf* spread, float* acc) {
   constexpr int P = lanes_of(G), T = kRegisters == 32 || P < 4 ? 4 : 2, N = P == 1 ? 8 : kRegisters / 2 / P;
   const int64_t dim = task.head_dim, lanes = rows * P, padded = (lanes + W - 1) / W * W;
-  alignas(64) float s[kRows * 4 + 2 * W], inverse[kRows * 4 + 2 * W], bias[kRows * 4 + 2 * W], norm[kRows + W];
+  alignas(64) float s[kRows * 4 + 2 * W], inverse[kRows * 4 + 2 * W], bias[kRows * 4 + 2 * W], norm[kRows + W], log_of[kRows * 4 + 2 * W];
   for (int64_t t = 0; t < rows; t += T) score_rows<C, G, T, P, Hashed>(task, id + t, next + t, s + t * P, norm + t);
   if constexpr (Hashed) {
     for (int64_t t = rows; t < rows + W && t < kRows + W; ++t) norm[t] = 1.f;
@@ -168,7 +166,9 @@ ATTNSPAN_INLINE void gather_block(const attnspan::GatherTask& task, const QueryF
       const vf product = load(s + i);
       vf score = product + facts.mean;
       if (task.softcap != 0.f) score = soft_cap(score, task.softcap);
-      store(s + i, score + load(bias + i) - log_inclusion(task.log_inclusion, product * load(inverse + i)));
+      const vf log_u = log_inclusion(task.log_inclusion, product * load(inverse + i));
+      store(s + i, score + load(bias + i) - log_u);
+      store(log_of + i, log_u);
     }
   } else {
     const float* log_p = task.log_p + (id - task.id);
@@ -178,36 +178,45 @@ ATTNSPAN_INLINE void gather_block(const attnspan::GatherTask& task, const QueryF
       store(s + i, (task.softcap != 0.f ? soft_cap(score, task.softcap) : score) - load(log_p + i));
     }
   }
+  const vf before = running.max;
   softmax_block<G, P>(s, rows, 0.f, dim, running, acc);
+  if (spread) {
+    const vf shrunk = exp(before - running.max);
+    *spread *= shrunk * shrunk;
+    for (int64_t i = 0; i < padded; i += W) {
+      const vf weight = load(s + i), log_u = load(Hashed ? log_of + i : task.log_p + (id - task.id) + i);
+      *spread += weight * weight * (1.f - exp(log_u < 0.f ? log_u : splat(0.f)));  // padding has +inf
+    }
+  }
   int64_t d = 0;
-  for (; d + N * W <= dim; d += N * W) add_rows<C, G, N, P>(task, s, id, next, rows, d, acc);
-  for (; d + 4 * W <= dim; d += 4 * W) add_rows<C, G, 4, P>(task, s, id, next, rows, d, acc);
-  for (; d + W <= dim; d += W) add_rows<C, G, 1, P>(task, s, id, next, rows, d, acc);
-  const C* value = static_cast<const C*>(task.value);
+  for (; d + N * W <= dim; d += N * W) add_rows<C, G, N, P>(task, s, id, rows, d, acc);
+  for (; d + 4 * W <= dim; d += 4 * W) add_rows<C, G, 4, P>(task, s, id, rows, d, acc);
+  for (; d + W <= dim; d += W) add_rows<C, G, 1, P>(task, s, id, rows, d, acc);
+  const C* value = static_cast<const C*>(task.key) + dim;
   for (; d < dim; ++d)
     for (int64_t t = 0; t < rows; ++t)
-      for (int g = 0; g < G; ++g) acc[g * dim + d] += s[t * P + g] * to_float(value[int64_t(id[t]) * dim + d]);
+      for (int g = 0; g < G; ++g) acc[g * dim + d] += s[t * P + g] * to_float(value[int64_t(id[t]) * 2 * dim + d]);
 }
 
 template <class C, int G, bool Hashed>
 void gather_heads(const attnspan::GatherTask& task, const attnspan::SoftmaxState& state) {
   const int64_t dim = task.head_dim;
-  const C *key = static_cast<const C*>(task.key), *value = static_cast<const C*>(task.value);
-  for (int64_t i = 0; i < task.count && i < kRows; ++i) {
-    fetch_far(key + int64_t(task.id[i]) * dim, dim);
-    fetch_far(value + int64_t(task.id[i]) * dim, dim);
-  }
+  const C* key = static_cast<const C*>(task.key);
+  for (int64_t i = 0; i < task.count && i < kRows; ++i) fetch_far(key + int64_t(task.id[i]) * 2 * dim, 2 * dim);
   QueryFacts facts{};
   if constexpr (Hashed) facts = query_facts<G>(task);
   Running running = enter(state.max, state.sum, G);
+  vf spread = state.spread ? enter(state.max, state.spread, G).sum : vf{};
   for (int64_t first = 0; first < task.count; first += kRows) {
     const int64_t rest = task.count - first;
     const int64_t rows = rest < kRows ? (rest + 3) / 4 * 4 : kRows;  // the padding makes a last block whole
     const int32_t* id = task.id + first;
     const int32_t* next = rest > kRows ? id + kRows : id;  // at the end: rows that are there already
-    gather_block<C, G, Hashed>(task, facts, id, Hashed ? task.drawn + first : nullptr, next, rows, running, state.acc);
+    gather_block<C, G, Hashed>(task, facts, id, Hashed ? task.drawn + first : nullptr, next, rows, running, state.spread ? &spread : nullptr,
+                               state.acc);
   }
   leave(running, state.max, state.sum, G);
+  if (state.spread) leave({running.max, spread}, state.max, state.spread, G);
 }
 
 template <class C>

@@ -88,6 +88,7 @@ void merge_states(const attnspan::SoftmaxState& s, int64_t count, int64_t rows, 
       store(pair, exp(load(pair)));
       s.max[r] = top;
       s.sum[r] = s.sum[r] * pair[0] + s.sum[other] * pair[1];
+      if (s.spread) s.spread[r] = s.spread[r] * pair[0] * pair[0] + s.spread[other] * pair[1] * pair[1];
       float *acc = s.acc + r * dim, *add = s.acc + other * dim;
       for (int64_t d = 0; d < dim; ++d) acc[d] = acc[d] * pair[0] + add[d] * pair[1];
     }
@@ -104,6 +105,6 @@ namespace attnspan {
 extern const Kernels ATTNSPAN_JOIN(kernels_, ATTNSPAN_ISA);
 const Kernels ATTNSPAN_JOIN(kernels_, ATTNSPAN_ISA) = {ATTNSPAN_TEXT(ATTNSPAN_ISA), load_any, store_any, decode_any, merge_states,
                                                        prefill_begin_any, prefill_tile_any, prefill_end,
-                                                       hash_any, scan_any, walk_any, gather_any,
+                                                       hash_any, scan_any, walk_any, overlap_any, gather_any,
                                                        rotate_any, encode_any, score_any, draw_any};
 }  // namespace attnspan

@@ -13,6 +13,7 @@ struct SoftmaxState {
   float* max;
   float* sum;
   float* acc;
+  float* spread = nullptr;  // where asked for: the variance of `sum`, as far as drawing made it, estimated from what was drawn
 };
 
 // Decode: the query heads of one KV head against one contiguous run of its cache. `query` is fp32 [rows, head_dim], already
@@ -21,8 +22,9 @@ struct DecodeRun {
   const float* query;
   int64_t rows;
   int64_t head_dim;
-  const void* key;    // [tokens, head_dim]
-  const void* value;  // [tokens, head_dim]
+  const void* key;    // [tokens, stride], head_dim of them each
+  const void* value;
+  int64_t stride;     // head_dim, or twice that where each key is followed by its value
   int64_t tokens;
   float softcap;  // 0 = none
 };
@@ -60,6 +62,7 @@ struct PrefillScratch {
 struct KeyTile {
   const void* key[2];
   const void* value[2];
+  int64_t stride[2];  // elements from one key to the next
   int64_t count[2];
   int64_t first;  // position of the first key
 };
@@ -104,13 +107,16 @@ struct WalkTask {
 };
 constexpr int64_t kSegment = 32768;  // most tokens of a segment
 
+struct Overlap {
+  int64_t apart, together;
+};
+
 // Attention of up to four query heads to scattered rows of one KV head's cache, each drawn with a known probability.
 struct GatherTask {
   const float* query;  // [heads, head_dim], multiplied by the softmax scale and the key scale
   int64_t heads;
   int64_t head_dim;
-  const void* key;  // [slots, head_dim]
-  const void* value;
+  const void* key;  // [slots, 2 * head_dim]: each key, and its value behind it
   const int32_t* id;     // [count + kPad] slots; the last kPad are valid, too
   const uint8_t* drawn;  // [count + kPad] bit g: head g drew it; 0 in the last kPad
   int64_t count;
@@ -188,6 +194,8 @@ struct Kernels {
   void (*scan)(const ScanTask& task);
   // False, and the mask means nothing, when the tables are damaged.
   bool (*walk)(const WalkTask& task);
+  // Set bits of `heads` masks of `groups` words: of each on its own, and of all laid over each other.
+  Overlap (*overlap)(const uint64_t* mask, int64_t heads, int64_t groups);
   void (*gather)(DType cache, const GatherTask& task, const SoftmaxState& state);
   void (*rotate)(const RotateTask& task);
   void (*encode)(const EncodeTask& task);

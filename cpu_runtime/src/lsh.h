@@ -22,6 +22,7 @@ struct LshConfig {
   int64_t dense_below = -1;  // tokens under which a step is exact; -1: where sampling begins to win
   float min_inclusion = 0.f;  // probabilities below weigh as this: less variance for some bias; tables, signature
   float fraction = 0.f;       // sketch: share of the indexed tokens that a query draws, about
+  float guard = 0.f;          // relative standard error of the sum of weights above which a KV head's step is exact; 0: none
   IndexConfig index;
   std::vector<int64_t> max_hamming;  // of each KV head, for signatures
 
@@ -50,14 +51,19 @@ uint64_t fingerprint(const float* projection, int64_t count);
 int64_t state_bytes(const LshConfig& config, int64_t dim, int64_t capacity);
 
 // What is wrong with the lengths and states of a call, empty if nothing. Empty states are initialised, rewound ones cut.
-// call: caches [batch, kv_heads * capacity, head_dim]; `span` is not used. state: [batch, state_bytes].
+// call: past_key [batch, kv_heads * capacity, 2 * head_dim], values behind their keys; past_value is not used, span by far calls only.
+// state: [batch, state_bytes].
 std::string open_states(const LshConfig& config, const SpanCall& call, int64_t capacity, void* state);
 
-// Computes the call, whose states are open. False when a state turns out to be damaged.
+// Computes the call, whose states are open. codes: what the queries of a step are hashed to, [batch, heads, code_words], or null: they
+// are hashed here. False when a state turns out to be damaged.
 bool lsh_attention(const LshConfig& config, const SpanCall& call, int64_t capacity, void* state, const LshTables& tables,
-                   const Kernels& kernels, const Parallel& parallel);
+                   const Kernels& kernels, const Parallel& parallel, const int32_t* codes = nullptr);
 
 // Nanoseconds since the last reset, added over threads: hash, retrieve, attend, update. Counted when ATTNSPAN_PROFILE is 1.
 void lsh_profile(int64_t* out, bool reset);
+
+// Since the last reset: decode steps of a KV head that had a guard, and those of them that it made exact.
+void lsh_guarded(int64_t* out, bool reset);
 
 }  // namespace attnspan

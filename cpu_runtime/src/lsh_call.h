@@ -56,18 +56,25 @@ struct LshCall {
   const LshTables& tables;
   const Kernels& kernels;
   const Parallel& parallel;
+  const int32_t* codes;
   IndexLayout layout;
   std::vector<Index> index;  // one a row
   std::atomic<bool> good{true};
 
   LshCall(const LshConfig& c, const SpanCall& a, const CallView& v, const LshTables& t, const Kernels& k, const Parallel& p,
-          int64_t capacity, void* state)
-      : config(c), call(a), view(v), tables(t), kernels(k), parallel(p), layout(c.index, c.kv_heads, a.head_dim, capacity) {
+          int64_t capacity, void* state, const int32_t* q)
+      : config(c), call(a), view(v), tables(t), kernels(k), parallel(p), codes(q), layout(c.index, c.kv_heads, a.head_dim, capacity) {
     for (int64_t b = 0; b < a.batch; ++b) index.emplace_back(c.index, layout, c.sink, static_cast<char*>(state) + b * layout.bytes);
   }
 
   int64_t pairs() const { return call.batch * config.kv_heads; }
   int64_t target(int64_t tokens) const { return std::max(config.sink, tokens - config.window); }
+
+  // Positions from the sinks to here are attended to, or drawn.
+  int64_t end(int64_t i) const {
+    const int64_t tokens = call.length[i / config.kv_heads] + 1;
+    return call.far ? std::max(config.sink, tokens - (call.span[i] - config.sink)) : tokens;
+  }
 
   void update(int64_t b, int64_t to);
   void add_keys(int64_t b, int64_t from, int64_t to);

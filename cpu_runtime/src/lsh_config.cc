@@ -24,6 +24,7 @@ std::string LshConfig::check() const {
   if (wrong.empty()) wrong = range("dense_below", dense_below, -1, INT32_MAX);
   if (wrong.empty() && !(min_inclusion >= 0.f && min_inclusion <= 1.f))
     return "min_inclusion is " + std::to_string(min_inclusion) + "; allowed are 0 to 1";
+  if (wrong.empty() && !(guard >= 0.f && guard <= 1.f)) return "guard is " + std::to_string(guard) + "; allowed are 0 to 1";
   if (index.kind == IndexKind::tables) {
     if (wrong.empty()) wrong = range("bits", index.bits, 1, 15);
     if (wrong.empty()) wrong = range("tables", index.tables, 1, 1024);

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "codes.h"
 #include "lsh_call.h"
 #include "sketch_query.h"
 
@@ -12,6 +13,10 @@ namespace {
 constexpr int64_t kChunk = 2048;        // tokens whose scores are estimated before any is drawn
 constexpr int64_t kQuad = 4;            // query heads that may share a pass over the drawn rows
 constexpr int64_t kShared = 2;          // heads that draw a row on average, above which they do
+
+SoftmaxState from_row(const SoftmaxState& s, int64_t row, int64_t dim) {
+  return {s.max + row, s.sum + row, s.acc + row * dim, s.spread ? s.spread + row : nullptr};
+}
 
 // Numbers of the set bits of up to four masks of `groups` words, with the set of masks that have each.
 int64_t collect(const uint64_t* mask, int64_t heads, int64_t groups, int64_t first, int32_t* id, uint8_t* drawn) {
@@ -38,21 +43,15 @@ void trim(uint64_t* mask, int64_t groups, int64_t first, int64_t from, int64_t t
   }
 }
 
-void cut_codes(const IndexConfig& index, const uint64_t* bits, uint16_t* codes) {
-  for (int64_t l = 0; l < index.tables; ++l) {
-    const int64_t bit = l * index.bits, shift = bit % 64;
-    const uint64_t low = bits[bit / 64] >> shift, high = shift + index.bits > 64 ? bits[bit / 64 + 1] << (64 - shift) : 0;
-    codes[l] = uint16_t((low | high) & uint64_t(index.buckets() - 1));
-  }
-}
-
 // Draws positions of [begin, end) for the query heads of pair i, and attends to them.
 void sample_hashed(LshCall& op, const Hashed& hashed, int64_t i, int64_t begin, int64_t end, const SoftmaxState& state) {
   const auto& [config, view, kernels] = std::tie(op.config, op.view, op.kernels);
   const int64_t b = i / config.kv_heads, h = i % config.kv_heads, group = view.group, dim = view.dim;
   const bool tables = config.index.kind == IndexKind::tables;
-  const int64_t unit = tables ? kSegment : kGroup, first = begin / unit * unit, groups = (end - first + kGroup - 1) / kGroup;
   const Index& index = op.index[b];
+  // Tables answer for all that a segment holds, signatures for the groups that are asked for.
+  const int64_t unit = tables ? kSegment : kGroup, first = begin / unit * unit, held = tables ? std::min(first + kSegment, index.indexed()) : end;
+  const int64_t groups = (held - first + kGroup - 1) / kGroup;
   Carver carve(task_scratch.get(groups * kGroup * 5 + kPad * 5 + kQuad * groups * 8 + 2 * kSegment + dim * 4 + 512));
   int32_t* id = carve.take<int32_t>(groups * kGroup + kPad);
   uint8_t* drawn = carve.take<uint8_t>(groups * kGroup + kPad);
@@ -73,23 +72,23 @@ void sample_hashed(LshCall& op, const Hashed& hashed, int64_t i, int64_t begin, 
       std::memcpy(kept, drawn + to, kPad);
       std::fill_n(drawn + to, kPad, uint8_t(0));
       kernels.gather(op.call.cache,
-                     {hashed.query + (i * group + head) * dim, heads, dim, view.ring(op.call.past_key, b, h), view.ring(op.call.past_value, b, h),
+                     {hashed.query + (i * group + head) * dim, heads, dim, view.keys(b, h),
                       id + from, drawn + from, to - from, mean, op.tables.log_inclusion[op.tables.of_head[h]].data(), config.softcap, nullptr},
-                     {state.max + head, state.sum + head, state.acc + head * dim});
+                     from_row(state, head, dim));
       std::memcpy(drawn + to, kept, kPad);
       from = to;
     }
   };
   for (int64_t head = 0; head < group; head += kQuad) {
     const int64_t heads = std::min(kQuad, group - head), row = i * group + head;
-    int64_t together = 0, apart = 0;
+    Overlap overlap{};
     {
       const Timed timed(kRetrieve);
       for (int64_t g = 0; g < heads; ++g) {
         if (tables) {
           const int64_t s = first / kSegment;
           const WalkTask walk{index.start(h, s), index.ids(h, s), index.sorted(h, s), config.index.tables, config.index.buckets(),
-                              op.layout.stride(s), end - s * kSegment, hashed.codes + (row + g) * config.index.tables,
+                              op.layout.stride(s), held - first, hashed.codes + (row + g) * config.index.tables,
                               config.index.min_collisions, counts, mask + g * groups};
           if (!kernels.walk(walk)) op.good = false;
         } else {
@@ -100,14 +99,10 @@ void sample_hashed(LshCall& op, const Hashed& hashed, int64_t i, int64_t begin, 
         trim(mask + g * groups, groups, first, begin, end);
       }
       if (!op.good) return;
-      for (int64_t g = 0; g < groups; ++g) {
-        uint64_t any = 0;
-        for (int64_t q = 0; q < heads; ++q) any |= mask[q * groups + g], apart += __builtin_popcountll(mask[q * groups + g]);
-        together += __builtin_popcountll(any);
-      }
+      overlap = kernels.overlap(mask, heads, groups);
     }
     // A pass for several heads reads a row once, and computes all of them for each. It pays when most rows were drawn by many.
-    const int64_t step = apart > kShared * together ? heads : 1;
+    const int64_t step = overlap.apart > kShared * overlap.together ? heads : 1;
     for (int64_t g = 0; g < heads; g += step) attend(collect(mask + g * groups, step, groups, first, id, drawn), head + g, step);
   }
 }
@@ -151,9 +146,9 @@ void sample_sketches(LshCall& op, const Hashed& hashed, int64_t i, int64_t begin
       std::fill_n(log_p + g * room + count[g], kPad, INFINITY);
       const int64_t at = head + g;
       kernels.gather(op.call.cache,
-                     {hashed.query + (i * group + at) * dim, 1, dim, view.ring(op.call.past_key, b, h), view.ring(op.call.past_value, b, h), ids,
+                     {hashed.query + (i * group + at) * dim, 1, dim, view.keys(b, h), ids,
                       nullptr, count[g], nullptr, nullptr, config.softcap, log_p + g * room},
-                     {state.max + at, state.sum + at, state.acc + at * dim});
+                     from_row(state, at, dim));
     }
   }
 }
@@ -165,6 +160,19 @@ void LshCall::hash_query(int64_t i, const Hashed& hashed) const {
   const Timed timed(kHash);
   const int64_t b = i / config.kv_heads, h = i % config.kv_heads, group = view.group, dim = call.head_dim, words = config.index.row_words();
   float* query = hashed.query + i * group * dim;
+  if (codes && config.index.kind != IndexKind::sketch) {
+    const int64_t each = code_words(config.index);
+    for (int64_t r = i * group; r < (i + 1) * group; ++r) {
+      if (config.index.kind == IndexKind::signature) {
+        std::memcpy(hashed.bits + r * words, codes + r * each, size_t(each) * 4);
+        continue;
+      }
+      uint16_t* own = hashed.codes + r * config.index.tables;
+      std::memcpy(own, codes + r * each, size_t(each) * 4);
+      for (int64_t l = 0; l < config.index.tables; ++l) own[l] &= uint16_t(config.index.buckets() - 1);  // whatever came in
+    }
+    return;
+  }
   if (config.index.kind != IndexKind::sketch) {
     view.load_query(b, 0, h, 1.f, query);  // as it is: a factor would change how it rounds
     tables.hash(kernels, query, group, hashed.bits + i * group * words, task_scratch.get(tables.scratch()));

@@ -33,9 +33,10 @@ void LshCall::update(int64_t b, int64_t to) {
     float* x = carve.take<float>(count * dim);
     uint64_t* bits = carve.take<uint64_t>(count * words);
     char* scratch = carve.take<char>(tables.scratch());
-    kernels.load(call.cache, view.ring(call.past_key, b, h) + begin * view.row_bytes, view.key_scale(h), x, count * dim);
-    for (int64_t i = 0; i < count; ++i)
+    for (int64_t i = 0; i < count; ++i) {
+      kernels.load(call.cache, view.keys(b, h) + (begin + i) * view.slot_bytes, view.key_scale(h), x + i * dim, dim);
       for (int64_t d = 0; d < dim; ++d) x[i * dim + d] -= mean[h * dim + d];
+    }
     tables.hash(kernels, x, count, bits, scratch);
     row.put(h, begin, count, bits);
   });
@@ -47,16 +48,17 @@ void LshCall::update(int64_t b, int64_t to) {
 void LshCall::add_keys(int64_t b, int64_t from, int64_t to) {
   const int64_t dim = call.head_dim;
   parallel(config.kv_heads, [&](int64_t h) {
-    constexpr int64_t rows = 64;
-    float* x = reinterpret_cast<float*>(task_scratch.get((rows + 1) * dim * 4));
-    float* part = x + rows * dim;
+    constexpr int64_t rows = 64;  // added in fp32, before their sum is in fp64
+    float* x = reinterpret_cast<float*>(task_scratch.get(2 * dim * 4));
+    float* part = x + dim;
     double* sum = index[b].sum(h);
     for (int64_t at = from; at < to; at += rows) {
       const int64_t count = std::min(rows, to - at);
-      kernels.load(call.cache, view.ring(call.past_key, b, h) + at * view.row_bytes, view.key_scale(h), x, count * dim);
       std::fill_n(part, dim, 0.f);
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t d = 0; d < dim; ++d) part[d] += x[i * dim + d];
+      for (int64_t i = 0; i < count; ++i) {
+        kernels.load(call.cache, view.keys(b, h) + (at + i) * view.slot_bytes, view.key_scale(h), x, dim);
+        for (int64_t d = 0; d < dim; ++d) part[d] += x[d];
+      }
       for (int64_t d = 0; d < dim; ++d) sum[d] += double(part[d]);
     }
   });

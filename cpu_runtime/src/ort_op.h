@@ -224,4 +224,16 @@ struct CacheOp : Ort::CustomOpBase<Op, Kernel, true> {
   DType activation, cache;
 };
 
+// An op without a cache: one object per type of activations.
+template <class Op, class Kernel>
+struct ActivationOp : Ort::CustomOpBase<Op, Kernel, true> {
+  explicit ActivationOp(DType activation) : activation(activation) {}
+
+  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
+    return guarded([&] { *kernel = new Kernel(info, activation); });
+  }
+
+  DType activation;
+};
+
 }  // namespace

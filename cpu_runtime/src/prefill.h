@@ -85,16 +85,17 @@ ATTNSPAN_INLINE void softmax_panel(float* scores, int64_t keys, float* max_, flo
 }
 
 template <class C>
-ATTNSPAN_INLINE const float* widen(const void* const (&from)[2], const int64_t (&count)[2], int64_t dim, float* to) {
-  if (sizeof(C) == 4 && count[1] == 0) return static_cast<const float*>(from[0]);  // fp32 in one run: used where it lies
+ATTNSPAN_INLINE const float* widen(const void* const (&from)[2], const attnspan::KeyTile& tile, int64_t dim, float* to) {
+  const bool whole = tile.count[1] == 0 && tile.stride[0] == dim;
+  if (sizeof(C) == 4 && whole) return static_cast<const float*>(from[0]);  // fp32 in one run: used where it lies
   float* out = to;
-  for (int run = 0; run < 2; ++run) {
-    const C* p = static_cast<const C*>(from[run]);
-    int64_t n = count[run] * dim, i = 0;
-    for (; i + W <= n; i += W) store(out + i, load(p + i));
-    for (; i < n; ++i) out[i] = to_float(p[i]);
-    out += n;
-  }
+  for (int run = 0; run < 2; ++run)
+    for (int64_t t = 0; t < tile.count[run]; ++t, out += dim) {
+      const C* p = static_cast<const C*>(from[run]) + t * tile.stride[run];
+      int64_t i = 0;
+      for (; i + W <= dim; i += W) store(out + i, load(p + i));
+      for (; i < dim; ++i) out[i] = to_float(p[i]);
+    }
   return to;
 }
 
@@ -127,8 +128,8 @@ ATTNSPAN_INLINE void weigh(const attnspan::PrefillTask& task, int64_t first, int
 template <class C>
 void prefill_tile(const attnspan::PrefillTask& task, const attnspan::KeyTile& tile, const attnspan::PrefillScratch& scratch) {
   const int64_t dim = task.head_dim, keys = tile.count[0] + tile.count[1], last = tile.first + keys - 1;
-  const float* key = widen<C>(tile.key, tile.count, dim, scratch.key);
-  const float* value = widen<C>(tile.value, tile.count, dim, scratch.value);
+  const float* key = widen<C>(tile.key, tile, dim, scratch.key);
+  const float* value = widen<C>(tile.value, tile, dim, scratch.value);
   const bool sink = last < task.sink;
   for (int64_t r = 0; r < task.rows(); r += kPanel) {
     const Sight sight = see(task, tile.first, last, sink, r);

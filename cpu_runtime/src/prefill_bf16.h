@@ -61,18 +61,19 @@ void prefill_tile_bf16(const attnspan::PrefillTask& task, const attnspan::KeyTil
 
   // Keys [kKeyTile, dim] and values transposed [dim, kKeyTile], zero behind the last key.
   const bf16* key = static_cast<const bf16*>(tile.key[0]);
-  if (sizeof(C) != sizeof(bf16) || keys < kKeyTile || tile.count[1] > 0) {
+  if (sizeof(C) != sizeof(bf16) || keys < kKeyTile || tile.count[1] > 0 || tile.stride[0] != dim) {
     bf16* to = reinterpret_cast<bf16*>(scratch.key);
     key = to;
     for (int run = 0; run < 2; ++run)
-      for (int64_t i = 0; i < tile.count[run] * dim; ++i) *to++ = as_bf16(static_cast<const C*>(tile.key[run])[i]);
+      for (int64_t t = 0; t < tile.count[run]; ++t)
+        for (int64_t i = 0; i < dim; ++i) *to++ = as_bf16(static_cast<const C*>(tile.key[run])[t * tile.stride[run] + i]);
     std::memset(to, 0, size_t((kKeyTile - keys) * dim) * sizeof(bf16));
   }
   bf16* value = reinterpret_cast<bf16*>(scratch.value);
   if (keys < kKeyTile) std::memset(value, 0, size_t(kKeyTile * dim) * sizeof(bf16));
   for (int64_t t = 0; t < keys; ++t) {
-    const C* row = t < tile.count[0] ? static_cast<const C*>(tile.value[0]) + t * dim
-                                     : static_cast<const C*>(tile.value[1]) + (t - tile.count[0]) * dim;
+    const C* row = t < tile.count[0] ? static_cast<const C*>(tile.value[0]) + t * tile.stride[0]
+                                     : static_cast<const C*>(tile.value[1]) + (t - tile.count[0]) * tile.stride[1];
     for (int64_t d = 0; d < dim; ++d) value[d * kKeyTile + t] = as_bf16(row[d]);
   }
 

@@ -152,4 +152,15 @@ bool walk_any(const attnspan::WalkTask& task) {
   return true;
 }
 
+// Here, and not with its only caller, because it takes the instruction that counts bits.
+attnspan::Overlap overlap_any(const uint64_t* mask, int64_t heads, int64_t groups) {
+  attnspan::Overlap found{};
+  for (int64_t g = 0; g < groups; ++g) {
+    uint64_t any = 0;
+    for (int64_t i = 0; i < heads; ++i) any |= mask[i * groups + g], found.apart += __builtin_popcountll(mask[i * groups + g]);
+    found.together += __builtin_popcountll(any);
+  }
+  return found;
+}
+
 }  // namespace

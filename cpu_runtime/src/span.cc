@@ -45,9 +45,8 @@ void decode(const CallView& view, const Parallel& parallel) {
 
   for (int64_t i = 0; i < pairs; ++i) {
     const int64_t b = i / config.kv_heads, h = i % config.kv_heads;
-    const int64_t slot = slot_of(pair[i].position, sink, config.capacity[h]) * view.row_bytes;
-    view.store_token(b, 0, h, view.ring(call.past_key, b, h) + slot, view.ring(call.past_value, b, h) + slot,
-                     reinterpret_cast<float*>(task_scratch.get(dim * 4)));
+    const int64_t slot = slot_of(pair[i].position, sink, config.capacity[h]) * view.slot_bytes;
+    view.store_token(b, 0, h, view.keys(b, h) + slot, view.values(b, h) + slot, reinterpret_cast<float*>(task_scratch.get(dim * 4)));
   }
 
   parallel(tasks, [&](int64_t task) {
@@ -59,7 +58,7 @@ void decode(const CallView& view, const Parallel& parallel) {
     std::fill_n(state.max, group, -INFINITY);
     std::fill_n(state.sum, group, 0.f);
     std::fill_n(state.acc, group * dim, 0.f);
-    const char *key = view.ring(call.past_key, b, h), *value = view.ring(call.past_value, b, h);
+    const char *key = view.keys(b, h), *value = view.values(b, h);
     const int64_t capacity = config.capacity[h], kept = p.sinks + p.window;
     const int64_t end = std::min(kept, (task - p.first_task + 1) * chunk);
     // The kept tokens in order of position: sinks, then the window, which is up to two contiguous runs of slots.
@@ -72,7 +71,8 @@ void decode(const CallView& view, const Parallel& parallel) {
       }
       run = std::min(run, end - k);
       kernels.decode(call.cache,
-                     DecodeRun{query, group, dim, key + slot * view.row_bytes, value + slot * view.row_bytes, run, config.softcap},
+                     DecodeRun{query, group, dim, key + slot * view.slot_bytes, value + slot * view.slot_bytes, view.stride, run,
+                               config.softcap},
                      state);
       k += run;
     }
@@ -107,9 +107,11 @@ void prefill(const CallView& view, const Parallel& parallel) {
   parallel(pairs * blocks, [&](int64_t index) {
     // The last blocks see most keys: they go first, so that no thread is left with a long task at the end.
     const int64_t i = index % pairs, block = blocks - 1 - index / pairs, b = i / config.kv_heads, h = i % config.kv_heads;
-    const int64_t start = block * task_tokens, length = call.length[b];
-    const PrefillTask task{std::min(task_tokens, tokens - start), group, dim, length + start, call.span[i] - sink, sink,
-                           config.softcap, view.score_scale(h), call.activation == DType::bf16};
+    const int64_t start = block * task_tokens, length = call.length[b], window = call.span[i] - sink;
+    PrefillTask task{std::min(task_tokens, tokens - start), group, dim, length + start, window, sink,
+                     config.softcap, view.score_scale(h), call.activation == DType::bf16};
+    // Of what lies far a query sees what one that stands a window before it sees of all, less the sinks.
+    if (call.far) task.first -= window, task.window = INT32_MAX, task.sink = 0;
     const int64_t rows = task.rows(), padded = round_up(rows, kRowPanel);
     Carver scratch_carve(task_scratch.get((rows * dim + 2 * padded * dim + kKeyTile * (kRowPanel + 2 * dim) + 3 * padded) * 4 + 512));
     PrefillScratch scratch;
@@ -122,11 +124,17 @@ void prefill(const CallView& view, const Parallel& parallel) {
     scratch.state.max = scratch_carve.take<float>(padded);
     scratch.state.sum = scratch_carve.take<float>(padded);
     scratch.state.acc = scratch_carve.take<float>(padded * dim);
+    const int64_t last = task.first + task.tokens - 1;
+    if (call.far && last < sink) {
+      std::fill_n(scratch.query, dim, 0.f);
+      for (int64_t r = 0; r < rows; ++r) view.finish(b, start + r / group, h, r % group, scratch.query, 0.f, 0.f);
+      return;
+    }
     for (int64_t t = 0; t < task.tokens; ++t) view.load_query(b, start + t, h, 1.f, scratch.query + t * group * dim);
     kernels.prefill_begin(call.cache, task, scratch);
 
-    const char *ring_key = view.ring(call.past_key, b, h), *ring_value = view.ring(call.past_value, b, h);
-    const int64_t capacity = config.capacity[h], last = task.first + task.tokens - 1;
+    const char *ring_key = view.keys(b, h), *ring_value = view.values(b, h);
+    const int64_t capacity = config.capacity[h];
     // Tiles over positions [from, to): the ring below `length`, the chunk from there on.
     const auto walk = [&](int64_t from, int64_t to) {
       while (from < to) {
@@ -137,10 +145,11 @@ void prefill(const CallView& view, const Parallel& parallel) {
           if (from < length) {
             const int64_t slot = slot_of(from, sink, capacity), end = from < sink ? sink : capacity;
             tile.count[run] = std::min({room, length - from, end - slot});
-            tile.key[run] = ring_key + slot * row_bytes, tile.value[run] = ring_value + slot * row_bytes;
+            tile.stride[run] = view.stride;
+            tile.key[run] = ring_key + slot * view.slot_bytes, tile.value[run] = ring_value + slot * view.slot_bytes;
           } else {
             const int64_t at = (i * tokens + from - length) * row_bytes;
-            tile.count[run] = room;
+            tile.count[run] = room, tile.stride[run] = dim;
             tile.key[run] = chunk_key + at, tile.value[run] = chunk_value + at;
           }
           from += tile.count[run];
@@ -148,7 +157,7 @@ void prefill(const CallView& view, const Parallel& parallel) {
         kernels.prefill_tile(call.cache, task, tile, scratch);
       }
     };
-    walk(0, std::min(sink, last + 1));
+    walk(0, std::min(task.sink, last + 1));
     walk(std::max(sink, task.first - task.window + 1), last + 1);
 
     kernels.prefill_end(task, scratch);
@@ -158,12 +167,12 @@ void prefill(const CallView& view, const Parallel& parallel) {
 
   parallel(pairs, [&](int64_t i) {
     const int64_t b = i / config.kv_heads, h = i % config.kv_heads, capacity = config.capacity[h];
-    char *ring_key = view.ring(call.past_key, b, h), *ring_value = view.ring(call.past_value, b, h);
+    char *ring_key = view.keys(b, h), *ring_value = view.values(b, h);
     for (int64_t t = 0; t < tokens; ++t) {
       const int64_t position = call.length[b] + t;
       // Of a chunk longer than the ring only the sinks and the last tokens stay.
       if (position >= sink && tokens - t > capacity - sink) continue;
-      const int64_t slot = slot_of(position, sink, capacity) * row_bytes, at = (i * tokens + t) * row_bytes;
+      const int64_t slot = slot_of(position, sink, capacity) * view.slot_bytes, at = (i * tokens + t) * row_bytes;
       std::memcpy(ring_key + slot, chunk_key + at, row_bytes);
       std::memcpy(ring_value + slot, chunk_value + at, row_bytes);
     }
@@ -197,10 +206,13 @@ std::string check_call(const SpanConfig& config, const SpanCall& call) {
       return "length of row " + std::to_string(b) + " is " + std::to_string(call.length[b]) + "; allowed are 0 to " +
              std::to_string(INT32_MAX - call.tokens);
     for (int64_t h = 0; h < config.kv_heads; ++h) {
-      const int64_t span = call.span[b * config.kv_heads + h];
-      if (span <= config.sink || span > config.capacity[h])
+      const int64_t span = call.span[b * config.kv_heads + h], capacity = config.capacity[h];
+      // A step writes its token before it attends: then the ring must have room for it.
+      const bool whole = call.length[b] + (call.tokens == 1) <= capacity;
+      if (span <= config.sink || (span > capacity && !whole))
         return "span of row " + std::to_string(b) + ", KV head " + std::to_string(h) + " is " + std::to_string(span) +
-               "; allowed are " + std::to_string(config.sink + 1) + " to the head's capacity " + std::to_string(config.capacity[h]);
+               "; allowed are " + std::to_string(config.sink + 1) + " to the head's capacity " + std::to_string(capacity) +
+               (whole ? ", and more while nothing has left its ring" : "");
     }
   }
   return "";

@@ -28,7 +28,8 @@ inline int64_t slot_of(int64_t position, int64_t sink, int64_t capacity) {
 }
 
 // One call. Shapes: query and output [batch, tokens, heads * head_dim]; key and value [batch, tokens, kv_heads * head_dim];
-// caches [batch, slots, head_dim], updated in place; length [batch]; span [batch, kv_heads]; lse [batch, heads, tokens] or null;
+// caches [batch, slots, head_dim], updated in place (past_value null: past_key is [batch, slots, 2 * head_dim], each value behind
+// its key); length [batch]; span [batch, kv_heads]; lse [batch, heads, tokens] or null;
 // key_scale and value_scale [kv_heads], null unless the cache is int8.
 struct SpanCall {
   int64_t batch, tokens, head_dim;
@@ -39,6 +40,7 @@ struct SpanCall {
   const float *key_scale, *value_scale;
   void* output;
   float* lse;
+  bool far;  // attend to what `span` leaves out of all that came before, and not to what it holds; past_key has every token
 };
 
 // Runs body(context, i) for i in [0, count) on any threads it likes and returns when all are done.

@@ -2,7 +2,8 @@
 
 What the targets with these ops share. Inputs and outputs as of `Rewriter`, with, for each part of a layer (see
 `planner/parts.py`; its name is the layer's number where a layer has one part), `past_key.{name}`, `past_value.{name}` [batch,
-slots of the part, head_dim] in the cache's type, and for sampled heads `past_state.{name}` [batch, bytes] uint8.
+slots of the part, head_dim] in the cache's type, or for sampled heads `past_kv.{name}` [batch, slots, 2 * head_dim] and
+`past_state.{name}` [batch, bytes] uint8.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ def replace_attentions(model: ir.Model, plan: Plan, cache_dtype: ir.DataType, sh
     shape: the model, as indexes remember it (default: the plan's).
     ValueError when the graph is not a normal form with one attention per layer of the plan.
     """
-    _Ours(plan, cache_dtype, shape or plan.model, name).rewrite(model)
+    Attentions(plan, cache_dtype, shape or plan.model, name).rewrite(model)
 
 
-class _Ours(Rewriter):
+class Attentions(Rewriter):
     """Records the attentions of a model, and their caches in the order of the layers."""
 
     opsets: ClassVar = {DOMAIN: VERSION}
@@ -58,10 +59,24 @@ class _Ours(Rewriter):
             outputs.append((self.part(part, old, inputs, output), queries))
         return join(self, outputs, dim, whole)
 
-    def part(self, part: Part, old: ir.Node, inputs: list[ir.Value], output: ir.Value) -> ir.Value:
-        """The op of one part of a layer; its output."""
+    def part(
+        self,
+        part: Part,
+        old: ir.Node,
+        inputs: list[ir.Value],
+        output: ir.Value,
+        lse: ir.Value | None = None,
+        span: ir.Value | None = None,
+        codes: ir.Value | None = None,
+    ) -> ir.Value:
+        """The op of one part of a layer; its output.
+
+        lse: takes its log-sum-exps, too. span: spans in force, [batch, kv_heads]; with them, LshAttention leaves out what they
+        hold. codes: its queries, hashed.
+        """
         dim = old.inputs[4].shape[-1]
-        shapes = {f"{kind}.{part.name}": (self.cache_dtype, ["batch", part.slots, dim]) for kind in ("key", "value")}
+        shapes: dict[str, tuple[ir.DataType, list[int | str]]]
+        shapes = {f"{kind}.{part.name}": (self.cache_dtype, ["batch", *part.cache_shape(dim)]) for kind in part.caches}
         if part.lsh is not None:
             shapes[f"state.{part.name}"] = (ir.DataType.UINT8, ["batch", part.state_bytes(dim)])
         past, present = self.caches(shapes)
@@ -75,16 +90,23 @@ class _Ours(Rewriter):
         last: ir.Value | None
         if part.lsh is None:
             attributes["capacity"] = list(part.capacity)
-            last = self.op("Gather", self.span, np.array(part.layer), axis=0)
-            if len(part.heads) < self.plan.model.kv_heads:
-                last = self.op("Gather", last, list(part.heads), axis=1)
+            last = span or self.span_of(part)
         else:
             attributes |= _lsh_attributes(part) | {"identity": identity(part, self.shape, self.plan.n_max)}
             last = self.projection(part, dim)
         name = f"layers.{part.name}.attention"
-        scales = self.scales(part) if self.cache_dtype == ir.DataType.INT8 else []
-        self.node(part.op, [*inputs, *past, self.length, last, *scales], [output, *present], attributes, DOMAIN, name)
+        more: list[ir.Value | None] = [*self.scales(part)] if self.cache_dtype == ir.DataType.INT8 else []
+        if part.lsh is not None and span is not None:
+            more = [*(more or (None, None)), span, *(() if codes is None else (codes,))]
+        outputs = [output, *present, *(() if lse is None else (lse,))]
+        self.node(part.op, [*inputs, *past, self.length, last, *more], outputs, attributes, DOMAIN, name)
         return output
+
+    def span_of(self, part: Part) -> ir.Value:
+        """Spans in force of the heads of a part, [batch, kv_heads]."""
+        span = self.op("Gather", self.span, np.array(part.layer), axis=0)
+        whole = len(part.heads) == self.plan.model.kv_heads
+        return span if whole else self.op("Gather", span, list(part.heads), axis=1)
 
     def scales(self, part: Part) -> list[ir.Value]:
         """Scales of the keys and of the values of each head in an int8 cache; 1 until `cache_scales` has measured them."""
@@ -112,5 +134,6 @@ def _lsh_attributes(part: Part) -> dict[str, Any]:
         own = {"bits": lsh.bits, "tables": lsh.tables, "min_collisions": lsh.min_collisions}
     elif lsh.index == "signature":
         own = {"signature_bits": lsh.signature_bits, "max_hamming": list(part.max_hamming or ())}
+    own |= {"guard": lsh.guard} if lsh.guard else {}
     own |= {"fraction": lsh.fraction} if lsh.index == "sketch" else {"min_inclusion": lsh.min_inclusion}
     return {"index": lsh.index, "window": lsh.window, "layer": part.layer} | own

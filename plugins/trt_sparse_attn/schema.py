@@ -251,7 +251,7 @@ SPAN_ATTENTION = Op(
 
 Token i of the chunk in row b has position q = length[b] + i. In KV head h it sees position p iff p <= q and
 (p < sink or q - p < span[b, h] - sink). A span is raised to sink + 1; a span over the head's capacity is an error
-(the function body, which cannot raise one, cuts it to the capacity).
+(the function body, which cannot raise one, cuts it to the capacity) once tokens have left the ring: length[b] > capacity[h].
 
 The cache of a row holds the KV heads one after another, head h in capacity[h] slots. Position p of a head is in its slot
 p if p < sink, else in sink + (p - sink) mod (capacity[h] - sink). Keys are stored after RoPE. A chunk attends to the

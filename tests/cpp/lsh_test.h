@@ -17,7 +17,7 @@ using namespace attnspan;
 struct LshRun {
   LshConfig config;
   int64_t dim, capacity, group;
-  std::vector<float> projection, key, value;  // keys and values as cached, [kv, capacity, dim]
+  std::vector<float> projection, cache;  // cache: [kv, capacity, 2, dim], keys and values
   std::vector<uint64_t> state;                // one row, aligned
   LshTables tables;
   const Kernels& kernels;
@@ -25,7 +25,7 @@ struct LshRun {
 
   LshRun(const LshConfig& c, int64_t d, int64_t cap, const Kernels& k)
       : config(c), dim(d), capacity(cap), group(c.heads / c.kv_heads), projection(normal(d * std::max<int64_t>(c.index.columns(), 1))),
-        key(size_t(c.kv_heads * cap * d)), value(key.size()), state(size_t(state_bytes(c, d, cap) / 8)),
+        cache(size_t(c.kv_heads * cap * 2 * d)), state(size_t(state_bytes(c, d, cap) / 8)),
         tables(c, signs_of(c, projection).data(), d), kernels(k) {}
 
   static std::vector<float>& signs_of(const LshConfig& c, std::vector<float>& projection) {
@@ -34,6 +34,9 @@ struct LshRun {
     return projection;
   }
 
+  const float* key(int64_t h, int64_t p) const { return &cache[size_t((h * capacity + p) * 2 * dim)]; }
+  const float* value(int64_t h, int64_t p) const { return key(h, p) + dim; }
+
   // Output and lse of a call whose queries are `query`, [tokens, heads, dim]; "" or what was wrong.
   std::string call(const std::vector<float>& query, std::vector<float>& output, std::vector<float>& lse) {
     const int64_t tokens = int64_t(query.size()) / (config.heads * dim);
@@ -41,7 +44,7 @@ struct LshRun {
     output.assign(query.size(), 0.f), lse.assign(size_t(tokens * config.heads), 0.f);
     SpanCall c{};
     c.batch = 1, c.tokens = tokens, c.head_dim = dim, c.activation = c.cache = DType::f32;
-    c.query = query.data(), c.key = k.data(), c.value = v.data(), c.past_key = key.data(), c.past_value = value.data();
+    c.query = query.data(), c.key = k.data(), c.value = v.data(), c.past_key = cache.data();
     c.length = &length, c.output = output.data(), c.lse = lse.data();
     const std::string wrong = open_states(config, c, capacity, state.data());
     if (!wrong.empty()) return wrong;
@@ -145,7 +148,7 @@ void lsh_step(LshRun& run) {
       for (int64_t p = from; p < to; ++p) {
         int64_t end;
         const float* mean = index.mean(index.mean_of(p, &end), h);
-        for (int64_t d = 0; d < run.dim; ++d) centred.push_back(run.key[size_t((h * run.capacity + p) * run.dim + d)] - mean[d]);
+        for (int64_t d = 0; d < run.dim; ++d) centred.push_back(run.key(h, p)[d] - mean[d]);
       }
       key_bits = bits(centred);
     }
@@ -157,7 +160,7 @@ void lsh_step(LshRun& run) {
     std::vector<double> scores, out(size_t(run.dim), 0.0);
     std::vector<int64_t> seen;
     for (int64_t p = 0; p < run.length; ++p) {
-      const float* k = &run.key[size_t((h * run.capacity + p) * run.dim)];
+      const float* k = run.key(h, p);
       double dot = 0, log_u = 0;
       for (int64_t d = 0; d < run.dim; ++d) dot += double(q[d]) * double(k[d]);
       if (p >= from && p < to && !known.empty()) {
@@ -187,7 +190,7 @@ void lsh_step(LshRun& run) {
     for (size_t i = 0; i < scores.size(); ++i) {
       const double w = std::exp(scores[i] - top);
       sum += w;
-      for (int64_t d = 0; d < run.dim; ++d) out[size_t(d)] += w * double(run.value[size_t((h * run.capacity + seen[i]) * run.dim + d)]);
+      for (int64_t d = 0; d < run.dim; ++d) out[size_t(d)] += w * double(run.value(h, seen[i])[d]);
     }
     expect(std::abs(double(lse[size_t(head)]) - top - std::log(sum)) < 2e-3, "lsh lse", double(lse[size_t(head)]), top + std::log(sum));
     for (int64_t d = 0; d < run.dim; ++d)

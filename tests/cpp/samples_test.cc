@@ -43,7 +43,7 @@ fs::path folder(const fs::path& base, const std::string& from = "", const std::s
       R"({"schema": 1, "target": "cpu", "n_max": 1000, "layers": 2, "kv_heads": 2, "head_dim": 16, "vocab_size": 10,
     "sink": 64, "dtype": "float32", "cache_dtype": "bfloat16", "op_library": "lib.so",
     "attention": [{"capacity": [1000, 384], "key": "key.0", "value": "value.0"},
-                  {"capacity": [200], "key": "key.1", "value": "value.1", "state": "state.1", "state_bytes": 48},
+                  {"capacity": [200], "kv": "kv.1", "state": "state.1", "state_bytes": 48},
                   {"capacity": [200, 200], "cache_shape": [2, 200, 16], "key": "key.1.1", "value": "value.1.1"}],
     "files": {"model.onnx": {"bytes": 5, "sha256": ""}, "plan.json": {"bytes": )" +
       std::to_string(plan.size()) + R"(, "sha256": ""}, "lib.so": {"bytes": 3, "sha256": ""}}})";
@@ -69,7 +69,7 @@ void refused(const std::function<void()>& call, const std::string& words) {
 
 void artefacts(const fs::path& base) {
   const Artefact artefact = Artefact::load(folder(base));
-  expect(artefact.caches.size() == 7 && artefact.caches[4].name == "state.1" && artefact.caches[5].shape.size() == 3, "caches");
+  expect(artefact.caches.size() == 6 && artefact.caches[3].name == "state.1" && artefact.caches[4].shape.size() == 3, "caches");
   expect(artefact.samples && artefact.stop_tokens == std::vector<int64_t>{5, 6}, "states and stop tokens");
   expect(artefact.cache_bytes(3) == 3 * (2 * 2 * 16 * (1384 + 200 + 400) + 48), "bytes of caches");
   // The formula of planner/rules.py at lengths below, at and above its edges; layer 1 slides.
@@ -88,7 +88,7 @@ void artefacts(const fs::path& base) {
       {"\"layers\": 2", "\"layers\": 3", "not one list a layer"},
       {"\"kv_heads\": 2", "\"kv_heads\": 1", "not one a KV head"},
       {"bfloat16", "float8", "cache_dtype is float8"},
-      {"[200]", "[0]", "key.1 is empty"},
+      {"[200]", "[0]", "kv.1 is empty"},
       {"{\"schema\"", "[\"schema\"", "is not JSON"},
       {"{\"capacity\": [1000", "{\"capacity\": [\"x\"", "damaged"},
   };

@@ -190,8 +190,8 @@ def attention(
 def values(length: Tensor, span: Tensor, capacity: Tensor, offset: Tensor, slots: int, sink: int = 64) -> None:
     """Checks what lengths, spans and capacities say, which waits for the device: for debugging, and where tensors are on a CPU.
 
-    length [batch], span [batch, kv_heads], capacity and offset [kv_heads]. UserError for a span below sink + 64 or over its
-    head's capacity, a negative length, or heads that do not lie one after another in `slots`.
+    length [batch], span [batch, kv_heads], capacity and offset [kv_heads]. UserError for a span below sink + 64, or over its
+    head's capacity where tokens have left the ring, a negative length, or heads that do not lie one after another in `slots`.
     """
     spans, capacities, offsets = span.cpu(), capacity.cpu(), offset.cpu()
     if bool((length < 0).any()):
@@ -200,7 +200,7 @@ def values(length: Tensor, span: Tensor, capacity: Tensor, offset: Tensor, slots
     if not torch.equal(packed.int(), offsets) or int(capacities.sum()) != slots:
         raise UserError(f"capacity {capacities.tolist()}, offset {offsets.tolist()}: heads must fill {slots} slots in order")
     low = sink + MARGIN
-    bad = (spans < low) | (spans > capacities)
+    bad = (spans < low) | ((spans > capacities) & (length.cpu()[:, None] > capacities))
     if bool(bad.any()):
         b, h = (int(i) for i in bad.nonzero()[0])
         got, most = int(spans[b, h]), int(capacities[h])

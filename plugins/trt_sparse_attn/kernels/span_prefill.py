@@ -103,8 +103,10 @@ def span_prefill_kernel(
     if new_tokens is not None:
         count = tl.load(new_tokens + row)
     reach = tl.load(span + pair)
-    if key_cache is not None:  # the host cannot see a span over its head's capacity
-        reach = tl.minimum(reach, tl.load(capacity + head))
+    if key_cache is not None:
+        # The host cannot see a span over its head's capacity. As long as no token has left the ring any span will do.
+        room = tl.load(capacity + head)
+        reach = tl.where(past <= room, reach, tl.minimum(reach, room))
     window = tl.maximum(reach - sink, 1)
 
     r = block * BLOCK_M + tl.arange(0, BLOCK_M)

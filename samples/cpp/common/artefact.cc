@@ -34,10 +34,12 @@ std::vector<Cache> read_caches(const nlohmann::json& info) {
   for (const auto& op : info.at("attention")) {
     int64_t slots = 0;
     for (const int64_t capacity : op.at("capacity")) slots += capacity;
-    std::vector<int64_t> shape{slots, dim};
+    const bool sampled = op.contains("state");
+    std::vector<int64_t> shape{slots, sampled ? 2 * dim : dim};
     if (op.contains("cache_shape")) shape = op.at("cache_shape").get<std::vector<int64_t>>();
-    for (const char* kind : {"key", "value"}) caches.push_back({op.at(kind), dtype, shape});
-    if (op.contains("state")) caches.push_back({op.at("state"), "uint8", {op.at("state_bytes").get<int64_t>()}});
+    for (const char* kind : {"key", "value", "kv"})
+      if (op.contains(kind)) caches.push_back({op.at(kind), dtype, shape});
+    if (sampled) caches.push_back({op.at("state"), "uint8", {op.at("state_bytes").get<int64_t>()}});
   }
   return caches;
 }

@@ -1,0 +1,106 @@
+"""What a step of sampled attention costs in milliseconds: a plane through the times of `attnspan bench lsh`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from attnspan.planner.cost import CACHE_BYTES
+from attnspan.planner.errors import UserError
+from attnspan.planner.files import read_json
+from attnspan.planner.rules import check_int, check_number
+from attnspan.planner.shape import ModelShape
+
+__all__ = ["LshCost"]
+
+
+@dataclass(frozen=True)
+class LshCost:
+    """Time of one layer of one index for one token: fixed + per_key * keys + per_row * rows, in milliseconds.
+
+    A key is a token of one KV head that is indexed, a row one that is attended to. Measured with this head_dim, numbers of heads,
+    cache type and number of threads.
+    """
+
+    fixed: float
+    per_key: float
+    per_row: float
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    threads: int
+
+    def scaled(self, shape: ModelShape, dtype: str) -> tuple[float, float, float]:
+        """fixed, for one KV head, per_key and per_row for a model: rows in proportion to head_dim, what a query costs to its
+        number; keys and rows also to the query heads of a group if it has more. UserError when the cache type is another."""
+        if dtype != self.dtype:
+            raise UserError(f"cache type is {dtype}: the times are for {self.dtype}; measure them with bench lsh --dtype {dtype}")
+        if shape.head_dim is None:
+            raise UserError("milliseconds are bounded but the size of a head is unknown; give --head-dim")
+        wider, more = shape.head_dim / self.head_dim, max(1.0, shape.group / (self.heads / self.kv_heads))
+        return self.fixed * shape.group / self.heads, self.per_key * wider * more, self.per_row * wider * more
+
+    @classmethod
+    def load(cls, path: str | Path, dtype: str = "bf16") -> dict[str, LshCost]:
+        """By index, fitted to a file of `attnspan bench lsh --json FILE`: least squares of relative errors, no part below 0.
+
+        An index needs three measurements, at two contexts or more: others are left out. UserError when the file is another, or
+        has enough of none.
+        """
+        file = Path(path)
+        results = read_json(file).get("results")
+        if not isinstance(results, list) or not all(isinstance(r, Mapping) and "kernel" in r for r in results):
+            raise UserError(f"{file} is not from `attnspan bench lsh --json`: no results; change --lsh-cost-table")
+        groups: dict[str, list[Mapping[str, Any]]] = {}
+        for r in results:
+            if "parameters" in r and r.get("dtype") == dtype and r.get("batch") == 1:
+                groups.setdefault(str(r["kernel"]), []).append(r)
+        out: dict[str, LshCost] = {}
+        short: list[UserError] = []
+        for kernel, records in groups.items():
+            try:
+                out[kernel] = cls._fit(file, kernel, records, dtype)
+            except UserError as error:
+                short.append(error)
+        if short and not out:
+            raise short[0]
+        if not out:
+            raise UserError(
+                f"{file} has no times of sampled decoding (cache {dtype}, batch 1); run `attnspan bench lsh --dtype {dtype} "
+                "--context 8192,32768 --index sketch --fraction 0.01,0.05 --json FILE`"
+            )
+        return out
+
+    @classmethod
+    def _fit(cls, file: Path, kernel: str, records: list[Mapping[str, Any]], dtype: str) -> LshCost:
+        first = records[0]
+        heads, kv_heads, dim, threads = (
+            check_int(f"{file}: {name}", first.get(name), 1, 65536) for name in ("heads", "kv_heads", "head_dim", "threads")
+        )
+        same = [r for r in records if all(r.get(name) == first[name] for name in ("heads", "kv_heads", "head_dim", "threads"))]
+
+        def column(name: str) -> Any:
+            return np.array([check_number(f"{file}: {name}", r.get(name), 0.0, 1e30) for r in same])
+
+        contexts, ms = column("context"), column("median_ms")
+        if len(same) < 3 or len(set(contexts.tolist())) < 2 or not ms.all():
+            raise UserError(
+                f"{file} has {len(same)} times of index {kernel} at {len(set(contexts.tolist()))} contexts: at least 3 at 2 are "
+                "needed; give bench lsh more --context and --fraction"
+            )
+        keys = contexts * kv_heads
+        rows = np.maximum(column("kept_bytes") - _scanned(same, keys), 0) / (2 * dim * CACHE_BYTES[dtype])
+        (fixed, per_key, per_row), _ = nnls(np.stack([1 / ms, keys / ms, rows / ms], axis=1), np.ones(len(ms)))
+        return cls(float(fixed), float(per_key), float(per_row), heads, kv_heads, dim, dtype, threads)
+
+
+def _scanned(records: list[Mapping[str, Any]], keys: Any) -> Any:
+    """Bytes of the index in `kept_bytes`: sketches and signatures are read whole; of tables it is little."""
+    each = [0.0 if r["kernel"] == "tables" else float(r["index_bytes_per_token"]) for r in records]
+    return np.array(each) * keys

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible service over an artefact: `python samples/server ARTEFACT`."""

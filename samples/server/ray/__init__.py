@@ -1,0 +1,1 @@
+"""The server as a Ray Serve deployment: replicas, autoscaling, conversations that stay with a replica."""
