@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
 
 from attnspan.planner.cost import CACHE_BYTES
 from attnspan.planner.errors import UserError
@@ -74,6 +73,8 @@ class DecodeCost:
                 f"least 2 are needed; run `attnspan bench attention --dtype {dtype} --batch {batch} --density 1,0.5,0.25 "
                 "--json FILE`"
             )
+        from scipy.optimize import nnls  # takes a second to load: not for --help
+
         (fixed, per_slot), _ = nnls(np.stack([1 / times, slots / times], axis=1), np.ones(len(times)))
         if per_slot <= 0:
             few, many = slots.min(), slots.max()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
 
 from attnspan.planner.cost import CACHE_BYTES
 from attnspan.planner.errors import UserError
@@ -96,6 +95,8 @@ class LshCost:
             )
         keys = contexts * kv_heads
         rows = np.maximum(column("kept_bytes") - _scanned(same, keys), 0) / (2 * dim * CACHE_BYTES[dtype])
+        from scipy.optimize import nnls  # takes a second to load: not for --help
+
         (fixed, per_key, per_row), _ = nnls(np.stack([1 / ms, keys / ms, rows / ms], axis=1), np.ones(len(ms)))
         return cls(float(fixed), float(per_key), float(per_row), heads, kv_heads, dim, dtype, threads)
 

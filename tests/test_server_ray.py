@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -129,7 +130,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
     try:
         end = time.monotonic() + 240
-        while "is ready at" not in log.read_text(errors="replace"):
+        while len(replicas(f"http://127.0.0.1:{port}")) < 2:
             assert process.poll() is None, log.read_text(errors="replace")
             assert time.monotonic() < end, log.read_text(errors="replace")
             time.sleep(0.2)
@@ -145,6 +146,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             with contextlib.suppress(ProcessLookupError):
                 if os.getsid(left) == process.pid:
                     os.kill(left, signal.SIGKILL)
+
+
+def replicas(url: str) -> set[str]:
+    """Starts of the processes that answer twelve sessions; empty while nobody answers."""
+    found = set()
+    for i in range(12):
+        request = urllib.request.Request(f"{url}/metrics", headers={"x-session-id": f"conversation {i}"})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                found.add(answer.read().decode().split("\nprocess_start_time_seconds ")[1].split()[0])
+        except (OSError, IndexError):
+            return set()
+    return found
 
 
 @pytest.mark.samples

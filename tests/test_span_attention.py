@@ -243,7 +243,7 @@ GOOD: dict[str, Any] = dict(
         ("length", lambda x: -x, "length of row 0 is -5"),
         ("length", lambda x: x + np.int32(2**31 - 203), "length of row 1"),
         ("span", lambda x: x[:, :1], "span has shape"),
-        ("span", lambda x: x * 2, "span of row 0, KV head 0 is 256; allowed are 65 to the head's capacity 128"),
+        ("span", lambda x: x * 2, "span of row 1, KV head 0 is 130; allowed are 65 to the head's capacity 128"),
         ("span", lambda x: x - 64, "span of row 0, KV head 0 is 64; allowed are 65 to"),
         ("span", lambda x: -x, "span of row 0, KV head 0 is -128"),
     ],
