@@ -159,13 +159,7 @@ class Session(RowSession):
             ) from None
 
     def _chunks(self, length: int, total: int) -> list[tuple[int, int]]:
-        if self._in_one_piece(length, total):
-            return [(0, total)]
-        found = super()._chunks(length, total)
-        # No chunk of a prompt is a single token if possible: sampled heads would sample it.
-        if self.state_bytes and self._chunk > 2 and len(found) > 1 and found[-1] == (total - 1, total):
-            found[-2:] = [(found[-2][0], total - 2), (total - 2, total)]
-        return found
+        return [(0, total)] if self._in_one_piece(length, total) else super()._chunks(length, total)
 
     def _buffers(self, start: int, count: int) -> StepBuffers:
         return StepBuffers(self._session, self._caches, self.artefact, start, count)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from attnspan.planner.cost import CACHE_BYTES
 from attnspan.planner.errors import UserError
@@ -73,13 +74,19 @@ class DecodeCost:
                 f"least 2 are needed; run `attnspan bench attention --dtype {dtype} --batch {batch} --density 1,0.5,0.25 "
                 "--json FILE`"
             )
-        from scipy.optimize import nnls  # takes a second to load: not for --help
-
-        (fixed, per_slot), _ = nnls(np.stack([1 / times, slots / times], axis=1), np.ones(len(times)))
+        fixed, per_slot = fit_times(times, slots)
         if per_slot <= 0:
             few, many = slots.min(), slots.max()
             raise UserError(f"{file}: decode takes as long for {few:g} slots as for {many:g}; measure longer contexts")
         return cls(float(fixed / batch), float(per_slot / batch), head_dim, heads // kv_heads, dtype, threads)
+
+
+def fit_times(times: npt.NDArray[np.float64], *counts: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """A fixed part and one for each of the counts, none below 0, that make up the times: least squares of relative errors."""
+    from scipy.optimize import nnls  # takes a second to load: not for --help
+
+    found: npt.NDArray[np.float64] = nnls(np.stack([1 / times, *(n / times for n in counts)], axis=1), np.ones(len(times)))[0]
+    return found
 
 
 def _number(file: Path, result: Mapping[str, Any], name: str) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from attnspan.planner.cost import CACHE_BYTES
+from attnspan.planner.decode_cost import fit_times
 from attnspan.planner.errors import UserError
 from attnspan.planner.files import read_json
 from attnspan.planner.rules import check_int, check_number
@@ -95,9 +96,7 @@ class LshCost:
             )
         keys = contexts * kv_heads
         rows = np.maximum(column("kept_bytes") - _scanned(same, keys), 0) / (2 * dim * CACHE_BYTES[dtype])
-        from scipy.optimize import nnls  # takes a second to load: not for --help
-
-        (fixed, per_key, per_row), _ = nnls(np.stack([1 / ms, keys / ms, rows / ms], axis=1), np.ones(len(ms)))
+        fixed, per_key, per_row = fit_times(ms, keys, rows)
         return cls(float(fixed), float(per_key), float(per_row), heads, kv_heads, dim, dtype, threads)
 
 

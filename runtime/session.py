@@ -205,7 +205,11 @@ class RowSession(ABC):
         if self.artefact.chunk is not None:
             return chunks(length, total, self._chunk, self.artefact.chunk, self.artefact.sink)
         starts = list(range(0, total, self._chunk))
-        return list(zip(starts, [*starts[1:], total], strict=True))
+        found = list(zip(starts, [*starts[1:], total], strict=True))
+        # No chunk of a prompt is a single token if possible: sampled heads would sample it.
+        if self.state_bytes and self._chunk > 2 and len(found) > 1 and found[-1] == (total - 1, total):
+            found[-2:] = [(found[-2][0], total - 2), (total - 2, total)]
+        return found
 
     @abstractmethod
     def _compute_chunk(

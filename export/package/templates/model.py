@@ -56,13 +56,6 @@ class CoreSession(RowSession):
             end = pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END
             self._call(np.zeros((1, 1), np.int64), np.zeros(1, np.int32), span, 1, end)
 
-    def _chunks(self, length: int, total: int) -> list[tuple[int, int]]:
-        found = super()._chunks(length, total)
-        # Sampled heads would sample a chunk of one token.
-        if self.state_bytes and self._chunk > 2 and len(found) > 1 and found[-1] == (total - 1, total):
-            found[-2:] = [(found[-2][0], total - 2), (total - 2, total)]
-        return found
-
     def _compute_chunk(self, row: int, tokens: Any, span: Any, logits: Any) -> None:
         kept = 1 if logits is None else len(logits)
         result = self._call(tokens[None], self.state.lengths[row : row + 1], span, kept)
