@@ -46,6 +46,11 @@ def register(subparsers: Any) -> None:
         help="of one artefact, and in place of the measurement: where the time of the prompt and of a few steps goes, as a "
         "table, a Chrome trace in FILE (.json) and a picture beside it (.png)",
     )
+    parser.add_argument(
+        "--overlap",
+        action="store_true",
+        help="with --trace, hybrid on device cpu: near and far parts at the same time, as with a GPU; slower where cores are few",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -68,10 +73,13 @@ def _run(args: argparse.Namespace) -> int:
                 f"{artefact.folder} was built for n_max = {artefact.n_max}; change --prompt-tokens"
             )
     prompts = _prompts(args.batch, args.prompt_tokens, min(artefact.vocab_size for artefact in artefacts))
-    threads = args.threads or default_threads()
+    threads = args.threads or default_threads(args.device)
     options = {"batch": args.batch, "threads": threads, "use_library": not args.no_library, "device": args.device}
     if args.trace is not None:
-        return _trace(args, artefacts[0], prompts, options)
+        if args.overlap and artefacts[0].target != "hybrid":
+            raise UserError(f"{artefacts[0].folder} is of target {artefacts[0].target!r}: only 'hybrid' has near and far parts; "
+                            "drop --overlap")  # fmt: skip
+        return _trace(args, artefacts[0], prompts, options | {"overlap": args.overlap})
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(folder, options)) for folder in args.artefacts]
         read_pass = ReadPass(threads)
@@ -98,6 +106,7 @@ def _trace(args: argparse.Namespace, artefact: Artefact, prompts: list[list[int]
     check_matplotlib()
     runs = record(artefact, prompts, options)
     label = f"{artefact.folder}: {args.batch} x {args.prompt_tokens} tokens, {options['threads']} threads, device {args.device}"
+    label += ", near and far parts in streams of their own" * args.overlap
     write_whole(args.trace, json.dumps(chrome_trace(runs, label)).encode("utf-8"))
     picture = args.trace.with_suffix(".png")
     draw(runs, picture, label)
@@ -115,6 +124,8 @@ def _check(args: argparse.Namespace) -> None:
     for option, file in (("--json", args.json), ("--trace", args.trace)):
         if file is not None and not file.resolve().parent.is_dir():
             raise UserError(f"the folder of {file} does not exist; change {option}")
+    if args.overlap and (args.trace is None or args.device != "cpu" or args.no_library):
+        raise UserError("--overlap is for --trace, on device cpu and with the op library: add --trace FILE, or drop --overlap")
     if args.trace is None:
         return
     if args.trace.suffix != ".json":

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attnspan.cpu_runtime.streams import NEAR
 from attnspan.runtime.artefact import Artefact
 
-__all__ = ["KINDS", "STEPS", "Event", "Run", "chrome_trace", "overlap", "read_runs", "record", "table"]
+__all__ = ["KINDS", "STEPS", "Event", "Run", "chrome_trace", "hidden", "overlap", "read_runs", "record", "table"]
 
 STEPS = 4
 """Decode steps of a trace."""
@@ -154,8 +155,8 @@ def table(runs: Sequence[Run]) -> str:
             key = (event.kind, event.lane[0])
             sums.setdefault(key, [0.0, 0.0])[column] += event.duration
             calls[key] = calls.get(key, 0) + column
-            if event.lane[0] != "GPU":
-                host[column] += event.duration
+        for run in phase:
+            host[column] += _length(_merged((e.start, e.end) for e in run.events if e.lane[0] != "GPU"))
     totals = [sum(run.duration for run in phase) for phase in phases]
     count = max(len(steps), 1)
     order = sorted(sums, key=lambda key: (key[1], KINDS.index(key[0])))
@@ -170,6 +171,9 @@ def table(runs: Sequence[Run]) -> str:
     both, gpu = overlap(steps)
     if gpu:
         lines.append(f"GPU kernels at work: {gpu / count / 1e3:.2f} ms a step, {both / gpu:.0%} of it while LshAttention runs")
+    both, near = hidden(steps)
+    if near:
+        lines.append(f"near parts: {near / count / 1e3:.2f} ms a step, {both / near:.0%} of it while the far part runs")
     return "\n".join(lines)
 
 
@@ -186,9 +190,27 @@ def overlap(runs: Sequence[Run]) -> tuple[float, float]:
     for run in runs:
         busy = _merged((e.start, e.end) for e in run.events if e.lane[0] == "GPU")
         sampling = _merged((e.start, e.end) for e in run.events if e.kind == "LshAttention" and e.lane[0] != "GPU")
-        gpu += sum(end - start for start, end in busy)
-        both += sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in busy for b in sampling)
+        gpu += _length(busy)
+        both += _common(busy, sampling)
     return both, gpu
+
+
+def hidden(runs: Sequence[Run]) -> tuple[float, float]:
+    """Microseconds in which near parts on the CPU run while far parts of the same layer do, and those in which near parts run.
+
+    Near parts on a GPU are left out: their nodes' times are those of launches.
+    """
+    both = near = 0.0
+    for run in runs:
+        layers: dict[int | None, tuple[list[tuple[float, float]], list[tuple[float, float]]]] = {}
+        for event in run.events:
+            if event.lane[0] == "CPU" and (event.kind == "LshAttention" or NEAR.fullmatch(event.name)):
+                layers.setdefault(event.layer, ([], []))[event.kind == "LshAttention"].append((event.start, event.end))
+        for parts in layers.values():
+            close, far = map(_merged, parts)
+            near += _length(close)
+            both += _common(close, far)
+    return both, near
 
 
 def _merged(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -200,3 +222,12 @@ def _merged(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float
         else:
             merged.append((start, end))
     return merged
+
+
+def _length(merged: Iterable[tuple[float, float]]) -> float:
+    return sum(end - start for start, end in merged)
+
+
+def _common(first: Iterable[tuple[float, float]], second: Sequence[tuple[float, float]]) -> float:
+    """How long both last; neither overlaps itself."""
+    return sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in first for b in second)

@@ -11,9 +11,10 @@ from attnspan.cpu_runtime.bench_trace import COLOURS, KINDS, Event, Run
 from attnspan.planner.errors import UserError
 from attnspan.planner.files import write_whole
 
-__all__ = ["check_matplotlib", "draw"]
+__all__ = ["check_matplotlib", "draw", "layer_runs", "sampled_layer"]
 
 _INK = "#333333"
+_ATTENTION = ("SpanAttention", "LshHash", "LshAttention", "MergeAttention")
 
 
 def check_matplotlib() -> None:
@@ -25,7 +26,7 @@ def check_matplotlib() -> None:
 
 
 def draw(runs: Sequence[Run], path: Path, label: str) -> None:
-    """Write a PNG: the runs of the prompt above, the step of median duration below, time in milliseconds from their start.
+    """Write a PNG: the runs of the prompt, the step of median duration, and of a sampled layer in it the attention. Times in ms.
 
     Dotted lines: where the attention of a layer begins. UserError when the file cannot be written.
     """
@@ -34,14 +35,38 @@ def draw(runs: Sequence[Run], path: Path, label: str) -> None:
     prompt = [run for run in runs if run.phase == "prefill"]
     steps = sorted((run for run in runs if run.phase != "prefill"), key=lambda run: run.duration)
     step = steps[len(steps) // 2]
+    panels = [("prompt", prompt), (step.phase, [step])]
+    layer = sampled_layer(step)
+    if layer is not None:
+        panels.append((f"{step.phase}: attention of layer {layer.events[0].layer}", [layer]))
     lanes = sorted({_lane(event) for run in (*prompt, step) for event in run.events}, key=_order)
-    figure = Figure(figsize=(12.0, 1.6 + 0.5 * len(lanes)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(12.0, (0.8 + 0.25 * len(lanes)) * len(panels)), dpi=150, layout="constrained")
     figure.suptitle(label, fontsize=9, color=_INK, x=0.01, ha="left")
-    for axis, title, chosen in zip(figure.subplots(2, 1), ("prompt", step.phase), (prompt, [step]), strict=True):
+    for axis, (title, chosen) in zip(figure.subplots(len(panels), 1), panels, strict=True):
         _panel(axis, title, chosen, lanes)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", facecolor="white")
     write_whole(path, buffer.getvalue())
+
+
+def layer_runs(step: Run) -> list[Run]:
+    """Of a step the attention of each sampled layer, from its first node to its last, as a run."""
+    layers: dict[int, list[Event]] = {}
+    for event in step.events:
+        if event.layer is not None and event.lane[0] != "GPU" and event.kind in _ATTENTION:
+            layers.setdefault(event.layer, []).append(event)
+    runs = []
+    for events in layers.values():
+        if any(event.kind == "LshAttention" for event in events):
+            start = min(event.start for event in events)
+            runs.append(Run(step.phase, start, max(event.end for event in events) - start, events))
+    return runs
+
+
+def sampled_layer(step: Run) -> Run | None:
+    """Of a step the sampled layer whose attention takes the median time; None without sampled layers."""
+    runs = sorted(layer_runs(step), key=lambda run: run.duration)
+    return runs[len(runs) // 2] if runs else None
 
 
 def _lane(event: Event) -> tuple[str, str]:

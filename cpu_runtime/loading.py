@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnspan.cpu_runtime.streams import open_with_near_apart, silent_stdout
 from attnspan.planner.errors import UserError
 from attnspan.runtime.artefact import Artefact
 
@@ -42,15 +44,19 @@ def open_session(
     library: str | Path | None,
     device: str = "cpu",
     profile: Path | None = None,
+    overlap: bool = False,
 ) -> tuple[ort.InferenceSession, Path | None]:
     """Load model.onnx; the session, and the op library it runs with (None: the ops run as standard ONNX).
 
     The library is the one given, else the one installed with this package, else the one in the artefact. With
     none of them the model runs, slowly, and a warning says so; on a GPU there must be one, with kernels for it. profile: let
-    ONNX Runtime write a profile to a file whose name starts so. UserError: ONNX Runtime missing or too old, a library given that
-    does not load, a model that ONNX Runtime refuses, a device that does not take the ops that it should.
+    ONNX Runtime write a profile to a file whose name starts so. overlap, target `hybrid` on device `cpu`: near and far parts at
+    the same time; to measure, as it is slower where cores are few. UserError: ONNX Runtime missing or too old, a library given
+    that does not load, a model that ONNX Runtime refuses, a device that does not take the ops that it should.
     """
     check_device(device)
+    if overlap and device != "cpu":
+        raise UserError(f"device is {device}: near and far parts are apart there without overlap; drop --overlap")
     ort = _import_ort()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -61,15 +67,26 @@ def open_session(
         options.profile_file_prefix = str(profile)
     if device != "cpu":
         library = _device_library(artefact, use_library, library)
-        # Nodes without edges between them, on the GPU and on the CPU, at the same time: see docs/cuda.md.
+        # Nodes without edges between them, on the GPU and on the CPU, at the same time: see docs/cuda.md. Of two threads one
+        # runs nodes, of both streams; the other is the caller's, which waits.
         options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
         options.inter_op_num_threads = 2
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     loaded = _register(options, artefact, use_library, library)
     model = artefact.folder / "model.onnx"
     providers = [DEVICES[name] for name in dict.fromkeys((device, "cpu"))]
+
+    def create() -> Any:
+        return ort.InferenceSession(str(model), options, providers=providers)
+
     try:
-        session = ort.InferenceSession(str(model), options, providers=providers)
+        if overlap:
+            session = open_with_near_apart(options, create)
+        else:
+            with silent_stdout() if device != "cpu" else nullcontext():
+                session = create()
+    except UserError:
+        raise
     except Exception as error:  # pybind11 classes without a common base
         fix = ""
         if artefact.target == "hybrid" and artefact.dtype == "bfloat16" and device == "cpu":
@@ -80,19 +97,22 @@ def open_session(
     return session, loaded
 
 
-def default_threads() -> int:
-    """Physical cores this process may use: two threads of a core share the units that the work needs."""
+def default_threads(device: str = "cpu") -> int:
+    """Physical cores this process may use: two threads of a core share the units that the work needs.
+
+    For a device other than the CPU one less: the thread that calls ONNX Runtime then waits in a loop that keeps a core busy.
+    """
     try:
         allowed = sorted(os.sched_getaffinity(0))
     except AttributeError:
-        return os.cpu_count() or 1
+        return max(1, (os.cpu_count() or 1) - (device != "cpu"))
     cores = set()
     for cpu in allowed:
         try:
             cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
         except OSError:
             cores.add(str(cpu))
-    return max(1, len(cores))
+    return max(1, len(cores) - (device != "cpu"))
 
 
 def _device_library(artefact: Artefact, use_library: bool, library: str | Path | None) -> str | Path:

@@ -27,15 +27,15 @@ class Session(RowSession):
     """Runs an artefact with ONNX Runtime; `batch` rows, each with a length of its own.
 
     Prompts are prefilled row by row in chunks, decode steps take all rows together. Caches are allocated
-    once and updated in place. threads None: the physical cores this process may use. library: path of the
-    op library, None for the installed one or the artefact's; use_library False runs the ops as standard
+    once and updated in place. threads None: the physical cores this process may use, on a GPU one less.
+    library: path of the op library, None for the installed one or the artefact's; use_library False runs the ops as standard
     ONNX (slow); target `portable` has no use for it. chunk: most tokens of a prompt computed at a time, for
     `portable` at most what it was exported for. check_memory False: allow sampled heads whose caches and
     indexes, for n_max tokens in every row, are larger than the memory that is available; texts are to stay
     short. device `cuda`, target `hybrid` only: all but the sampling runs on the first GPU, with the rings in its memory; a
     prompt for an empty row is then computed in one piece. profile: ONNX Runtime writes one, in a file whose name starts so; see
-    `end_profile`. Not to be used by two threads at once. UserError: not an artefact for this runtime, no memory, ONNX Runtime
-    older than 1.25, or without the device.
+    `end_profile`. overlap, target `hybrid` on device `cpu`: near and far parts at the same time, to measure. Not to be used by
+    two threads at once. UserError: not an artefact for this runtime, no memory, ONNX Runtime too old or without the device.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Session(RowSession):
         check_memory: bool = True,
         device: str = "cpu",
         profile: Path | None = None,
+        overlap: bool = False,
     ) -> None:
         check_device(device)
         artefact = folder if isinstance(folder, Artefact) else Artefact.load(folder)
@@ -67,17 +68,17 @@ class Session(RowSession):
         if portable and library is not None:
             raise UserError(f"library is {library}: {artefact.folder} is of target 'portable', which needs none; drop --library")
         super().__init__(artefact, batch)
-        self.threads = check_int("threads", threads or default_threads(), 1, 4096, "; change --threads")
+        self.threads = check_int("threads", threads or default_threads(device), 1, 4096, "; change --threads")
         self.device = device
         if check_memory:
             self._check_memory()
         ours = use_library and not portable
         self._session, self.library = open_session(
-            artefact, threads=self.threads, use_library=ours, library=library, device=device, profile=profile
+            artefact, threads=self.threads, use_library=ours, library=library, device=device, profile=profile, overlap=overlap
         )
         default = artefact.chunk or (CHUNK if self.library else _CHUNK_WITHOUT_LIBRARY)
         self._chunk = check_int("chunk", chunk or default, 1, artefact.chunk or 2**20)
-        self._rings = ring_slots(artefact) if artefact.target == "hybrid" else None
+        self._near = NearParts(artefact) if artefact.target == "hybrid" else None
         self._caches: Caches = self._allocate()
         self._rows: dict[int, StepBuffers] = {}
         self._unwanted = np.empty((1, 1, self.vocab_size), dtype=np.float32)
@@ -109,7 +110,7 @@ class Session(RowSession):
             self._rows[row] = self._buffers(row, 1)
         buffers = self._rows[row]
         length = int(self.state.lengths[row])
-        buffers.span[:] = span if self._in_one_piece(length, len(tokens)) else self._within_rings(span)
+        buffers.span[:] = self._chunk_spans(span, length, len(tokens))
         buffers.length[0] = length
         buffers.set_tokens(tokens[None])
         # The model computes one row of logits at least.
@@ -121,17 +122,20 @@ class Session(RowSession):
     ) -> npt.NDArray[np.float32]:
         self._tokens[:, 0] = tokens
         self._step.length[:] = lengths
-        self._step.span[:] = self._within_rings(span)
+        self._step.span[:] = span if self._near is None else self._near.spans(span)
         self._step.run()
         return self._logits[:, 0].copy()
 
-    def _within_rings(self, span: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """Spans [layers, rows, kv_heads], those of sampled heads cut to what their rings hold: the rest is sampled."""
-        return span if self._rings is None else np.minimum(span, self._rings)
+    def _chunk_spans(self, span: npt.NDArray[np.int32], length: int, tokens: int) -> npt.NDArray[np.int32]:
+        """Spans of a chunk. On a CPU the far part of sampled heads, which has all tokens, attends to all of them, as target `cpu`
+        does; the functions in the model know no span of 0."""
+        if self._near is None or self._in_one_piece(length, tokens):
+            return span
+        return self._near.nothing(span) if self.device == "cpu" and self.library else self._near.spans(span)
 
     def _in_one_piece(self, length: int, tokens: int) -> bool:
         """Whether the device computes a chunk whole, exactly: nothing has left a ring, and the CPU only stores and indexes."""
-        return self.device != "cpu" and self._rings is not None and length + (tokens == 1) <= self._rings.min()
+        return self.device != "cpu" and self._near is not None and length + (tokens == 1) <= self._near.slots
 
     def _check_memory(self) -> None:
         """UserError with the numbers when host memory cannot hold the indexes of sampled heads and the caches beside them."""
@@ -165,10 +169,23 @@ class Session(RowSession):
         return StepBuffers(self._session, self._caches, self.artefact, start, count)
 
 
-def ring_slots(artefact: Artefact) -> npt.NDArray[np.int32]:
-    """Slots of the ring of each head, [layers, 1, kv_heads]: what its span is at most while a ring loses tokens."""
-    slots = np.zeros((artefact.layers, 1, artefact.kv_heads), np.int32)
-    for part in artefact.parts:
-        if part.lsh is None:
-            slots[part.layer, 0, list(part.heads)] = part.capacity
-    return slots
+class NearParts:
+    """What sampled heads of target `hybrid` see exactly: their sinks and windows, in rings that may be a little larger."""
+
+    slots: int
+    """Of the shortest of all rings and caches."""
+
+    def __init__(self, artefact: Artefact) -> None:
+        self._span = np.zeros((artefact.layers, 1, artefact.kv_heads), np.int32)  # 0: not sampled
+        for part in artefact.parts:
+            if part.lsh is not None:
+                self._span[part.layer, 0, list(part.heads)] = artefact.sink + part.lsh.window
+        self.slots = min(min(part.capacity) for part in artefact.parts)
+
+    def spans(self, span: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """Spans [layers, rows, kv_heads] of a step: of sampled heads those of the near parts, the rest is sampled."""
+        return np.where(self._span > 0, self._span, span)
+
+    def nothing(self, span: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """Spans under which the near parts attend to nothing, and the far parts to everything."""
+        return np.where(self._span > 0, np.int32(0), span)

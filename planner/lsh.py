@@ -11,7 +11,7 @@ __all__ = ["FIRST_KEYS", "inclusion", "index_bytes_per_token", "projection", "pr
 
 LINE = 64
 """Sections of an index begin at multiples of this many bytes, and hold a multiple of this many positions."""
-SEGMENT = 32768
+SEGMENT = 65536
 """Positions whose buckets are sorted together, so that an id within them fits 16 bits."""
 HEADER = 256
 MEANS = 16
@@ -36,7 +36,7 @@ def _index_bytes(params: LshParams, head_dim: int, capacity: int) -> int:
         assert params.bits is not None
         assert params.tables is not None
         lists = -(-positions // SEGMENT) * params.tables
-        return _up(lists * 2) + _up(lists * (2**params.bits + 1) * 2) + _up(positions * params.tables * 2)
+        return _up(lists * 4) + _up(lists * (2**params.bits + 1) * 2) + _up(positions * params.tables * 2)
     return 0
 
 

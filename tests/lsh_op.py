@@ -18,7 +18,7 @@ INPUTS = (
     "query", "key", "value", "past_kv", "past_state", "length", "projection", "key_scale", "value_scale", "span", "query_codes"
 )  # fmt: skip
 OUTPUTS = ("output", "present_kv", "present_state", "lse")
-SEGMENT = 32768  # tokens whose ids are sorted together
+SEGMENT = 65536  # tokens whose ids are sorted together
 
 
 def isas() -> list[str]:
@@ -43,7 +43,7 @@ def state_bytes(hashing: Hashing | None, kv_heads: int, dim: int, capacity: int)
         index = positions * (-(-dim // 4) + 2)
     elif hashing is not None:
         lists = -(-positions // SEGMENT) * hashing.tables
-        index = round_up(lists * 2) + round_up(lists * (2**hashing.bits + 1) * 2) + round_up(positions * hashing.tables * 2)
+        index = round_up(lists * 4) + round_up(lists * (2**hashing.bits + 1) * 2) + round_up(positions * hashing.tables * 2)
     return 256 + round_up(16 * kv_heads * dim * 4) + round_up(kv_heads * dim * 8) + kv_heads * index
 
 
@@ -214,10 +214,15 @@ class Case:
         ]
         return got, want
 
-    def preload(self, count: int) -> None:
-        """Puts `count` random tokens into the caches of all rows as if an earlier run had left them, with nothing indexed."""
+    def preload(self, count: int, zero: int | None = None) -> None:
+        """Puts `count` random tokens into the caches of all rows as if an earlier run had left them, with nothing indexed.
+
+        zero: a dimension in which all keys are 0.
+        """
         assert not self.scales, "preload knows no int8 caches"
         tokens = self.tokens(count)
+        if zero is not None:
+            tokens["key"].reshape(self.rows, count, self.kv_heads, self.dim)[..., zero] = 0
         for b, reference in enumerate(self.reference):
             reference.append(tokens["key"][b], tokens["value"][b])
             cache = self.past["past_kv"].reshape(self.rows, self.kv_heads, self.capacity, 2, self.dim)

@@ -285,8 +285,10 @@ class LshReference:
             between = slice(self.sink, self.indexed)
             drawn = self.sink + np.flatnonzero(self.hashing.draws(self.hashing.marks(query), self.marks[h, between], h))
             log_u = self.hashing.log_inclusion(cosines(query, self.keys[h, drawn] - self.mean_of(drawn, h)), h)
-        log_u, drawn = log_u[drawn < last], drawn[drawn < last]
-        exact = np.r_[first : self.sink, min(self.indexed, last) : last]
+        # Of a row that went back some of the window is indexed: it is seen exactly, all the same.
+        end = max(self.sink, min(self.indexed, last if last < self.length else self.length - self.window))
+        log_u, drawn = log_u[drawn < end], drawn[drawn < end]
+        exact = np.r_[first : self.sink, end:last]
 
         def part(at: NDArray[np.int64], raised: Floats | float) -> tuple[Floats, float]:
             return attend(scores_of(query, self.keys[h, at], self.scale, self.softcap) + raised, self.values[h, at])

@@ -11,8 +11,8 @@ import pytest
 from sampled_artefacts import INDEXES, needs_library
 from tiny_models import export_rules
 
-from attnspan.cpu_runtime.bench_trace import STEPS, chrome_trace, overlap, read_runs, table
-from attnspan.cpu_runtime.bench_trace_picture import draw
+from attnspan.cpu_runtime.bench_trace import STEPS, chrome_trace, hidden, overlap, read_runs, table
+from attnspan.cpu_runtime.bench_trace_picture import draw, layer_runs, sampled_layer
 from attnspan.export.cli import main
 from attnspan.planner.rules import HeadRule
 
@@ -67,6 +67,61 @@ def test_the_gpu_works_while_the_cpu_samples() -> None:
     assert last == "GPU kernels at work: 0.45 ms a step, 78% of it while LshAttention runs"
 
 
+def cpu_profile(near: list[tuple[int, int]], far: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """A warm-up, a prompt and steps of the CPU provider alone: near and far parts, a layer each, at (start, duration)."""
+    entries: list[dict[str, Any]] = []
+    for start in range(0, 1000 * (2 + STEPS), 1000):
+        entries.append({"cat": "Session", "name": "model_run", "ts": start, "dur": 900, "tid": 1})
+        entries.append(node("layers.7.attention", "SpanAttention", start, 10))  # a dense layer: neither near nor far
+        for op, tid, name, spans in (("SpanAttention", 7, "near.attention", near), ("LshAttention", 9, "attention", far)):
+            entries += [node(f"layers.{i}.{name}", op, start + at, long, tid=tid) for i, (at, long) in enumerate(spans)]
+        entries += [node(f"layers.{i}.merge", "MergeAttention", start + at + long + 50, 5) for i, (at, long) in enumerate(far)]
+    return entries
+
+
+@pytest.mark.parametrize(
+    ("near", "far", "both"),
+    [
+        ([(10, 20)], [(30, 100)], 0),  # in turn
+        ([(10, 20)], [(10, 100)], 20),  # near inside far
+        ([(10, 200)], [(50, 100)], 100),  # far inside near
+        ([(10, 60)], [(50, 100)], 20),  # far starts later
+        ([(120, 60)], [(50, 100)], 30),  # far ends earlier
+        ([(10, 20), (300, 40)], [(20, 100), (310, 20)], 10 + 20),  # layers add up
+        ([(10, 20), (300, 40)], [(290, 60), (10, 30)], 0),  # at the same time, but of other layers
+    ],
+)
+def test_share_of_near_parts_behind_far_ones(near: list[tuple[int, int]], far: list[tuple[int, int]], both: int) -> None:
+    runs = read_runs(cpu_profile(near, far), skip=1)
+    total = sum(long for _, long in near)
+    assert hidden(runs[-STEPS:]) == (STEPS * both, STEPS * total)
+    last = table(runs).splitlines()[-1]
+    assert last == f"near parts: {total / 1e3:.2f} ms a step, {both / total:.0%} of it while the far part runs"
+
+
+def test_near_parts_on_a_gpu_are_not_counted_by_their_launches() -> None:
+    assert hidden(read_runs(hybrid_profile(), skip=1)[-STEPS:]) == (0, 0)
+
+
+def test_time_between_nodes_counts_what_runs_at_once_only_once() -> None:
+    lines = table(read_runs(cpu_profile([(100, 200)], [(100, 300)]), skip=1)).splitlines()
+    # 10 of the dense layer, 100..400 of both parts, 5 of the merge.
+    assert next(line.split()[4] for line in lines if line.startswith("between nodes")) == f"{(900 - 315) / 1e3:.2f}"[:4]
+
+
+def test_the_layer_that_the_picture_shows() -> None:
+    step = read_runs(cpu_profile([(10, 20), (100, 20), (500, 90)], [(10, 30), (110, 20), (480, 20)]), skip=1)[-1]
+    # From the first node to the end of the merge: 85, 85, 110 + 5... of the third the near part ends last.
+    assert [(run.events[0].layer, run.start - step.start, run.duration) for run in layer_runs(step)] == [
+        (0, 10, 85), (1, 100, 85), (2, 480, 110),
+    ]  # fmt: skip
+    chosen = sampled_layer(step)
+    assert chosen is not None
+    assert {event.kind for event in chosen.events} == {"SpanAttention", "LshAttention", "MergeAttention"}
+    step.events = [event for event in step.events if event.layer == 7]
+    assert sampled_layer(step) is None
+
+
 def test_table_counts_what_lies_between_nodes() -> None:
     rows = {tuple(line.split()[:2]): line.split() for line in table(read_runs(hybrid_profile(), skip=1)).splitlines()[1:]}
     assert rows["LshAttention", "CPU"] == ["LshAttention", "CPU", "0.80", "44%", "0.40", "44%", "1"]
@@ -110,7 +165,7 @@ def test_an_artefact_as_a_user_traces_it(artefact: str, tmp_path: Path, capfd: p
     assert main(["bench", "generate", artefact, *arguments]) == 0
     out = capfd.readouterr().out.splitlines()
     ours = ["SpanAttention", "LshHash", "LshAttention", "MergeAttention"]
-    assert [line.split()[0] for line in out] == ["part", "maths", *ours, "between", "in", f"{file}:"]
+    assert [line.split()[0] for line in out] == ["part", "maths", *ours, "between", "in", "near", f"{file}:"]
     assert {line.split()[0]: line.split()[-1] for line in out[2:6]} == dict(zip(ours, "3111", strict=True))
     assert file.with_suffix(".png").is_file()
     entries = json.loads(file.read_text())["traceEvents"]
@@ -131,6 +186,9 @@ def test_an_artefact_as_a_user_traces_it(artefact: str, tmp_path: Path, capfd: p
         (["--trace", "x.json", "--json", "y.json"], "--trace takes one artefact, and no --json"),
         (["--trace", "x.json", "--prompt-tokens", "1021"], "1021 prompt and 4 new tokens make 1025"),
         (["--trace", "x.json", "--device", "cuda", "--prompt-tokens", "10"], "device"),
+        (["--overlap"], "--overlap is for --trace"),
+        (["--trace", "x.json", "--overlap", "--device", "cuda"], "--overlap is for --trace, on device cpu"),
+        (["--trace", "x.json", "--overlap", "--no-library"], "with the op library"),
     ],
 )
 def test_what_is_refused(artefact: str, arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -5,13 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import span_op
 from lsh_op import Case, run
 from lsh_reference import merge
 from reference import span_attention_reference
 from span_op import bfloat16
+from test_hybrid_ops import session
 from test_lsh_attention import ISAS, check, hashing
+
+
+def merge_session(heads: int) -> ort.InferenceSession:
+    inputs = dict.fromkeys(("output_a", "lse_a", "output_b", "lse_b"), np.float32)
+    return session("MergeAttention", inputs, dict.fromkeys(("output", "lse"), np.float32), {}, num_heads=heads)
 
 
 def far_case(index: str, spans: list[list[int]], **options: Any) -> Case:
@@ -117,10 +124,70 @@ def test_both_halves_are_the_whole(index: str, tokens: int, span: int) -> None:
         np.testing.assert_allclose(one["lse"][b, h, t], lse, atol=1e-5)
 
 
+@pytest.mark.parametrize("index", ["sketch", "tables", "signature64", "exact"])
+@pytest.mark.parametrize("cache", [np.float32, bfloat16], ids=str)
+def test_a_span_of_nothing_is_no_span(index: str, cache: Any) -> None:
+    """To the bit, in chunks and steps; heads beside it are far parts as ever."""
+    mixed = [[0, 23], [20, 0]]
+    whole = Case(hashing(index), rows=2, cache=cache)
+    none, half, far = (far_case(index, spans, cache=cache) for spans in ([[0, 0]] * 2, mixed, [[20, 23]] * 2))
+    for count in (70, 300, 1, 9, 1, 1, 1):
+        new = whole.tokens(count)
+        want, zero, got, other = (case.step(new, compared=False)[0] for case in (whole, none, half, far))
+        for name, array in want.items():
+            np.testing.assert_array_equal(zero[name], array)
+            picked = array.copy()
+            heads = (np.s_[:, 32:], np.s_[:, :32]) if name == "output" else (np.s_[2:], np.s_[:2])
+            if name in ("output", "lse"):
+                for row in (0, 1):
+                    picked[row][heads[row]] = other[name][row][heads[row]]
+            np.testing.assert_array_equal(got[name], picked)
+
+
+@pytest.mark.parametrize("index", ["sketch", "tables", "signature64", "exact"])
+@pytest.mark.parametrize("window", [16, 60])
+def test_the_node_without_span_is_its_halves_to_the_bit(index: str, window: int) -> None:
+    """SpanAttention in a ring of whole blocks of 64, the far part and MergeAttention: steps before and after laps of the ring."""
+    span, ring = 4 + window, 64
+    whole, far = Case(hashing(index), rows=2, window=window), far_case(index, [[span, span]] * 2, window=window)
+    near, merged = span_op.session(4, [ring] * 2, sink=4), merge_session(4)
+    caches = {name: np.zeros((2, 2 * ring, 16), np.float32) for name in ("past_key", "past_value")}
+    drawn = 0.0
+    for count in (20, 1, 1, 60, 500, *[1] * 130):
+        new, length = whole.tokens(count), whole.reference[0].length
+        want, got = (case.step(new, compared=False)[0] for case in (whole, far))
+        spans = np.full((2, 2), span if count == 1 else 0, np.int32)
+        part = span_op.run(near, {**new, **caches, "length": np.full(2, length, np.int32), "span": spans})
+        if count > 1:
+            assert not part["output"].any()
+            assert np.isneginf(part["lse"]).all()
+            continue
+        feeds = {"output_a": part["output"], "lse_a": part["lse"], "output_b": got["output"], "lse_b": got["lse"]}
+        both = merged.run(None, feeds)
+        np.testing.assert_array_equal(both[0], want["output"])
+        np.testing.assert_array_equal(both[1], want["lse"])
+        drawn = max(drawn, float(np.exp(got["lse"] - want["lse"]).max()))
+    assert 0.1 < drawn < 1
+
+
+def test_a_part_alone_passes_through_the_merge() -> None:
+    rng = np.random.default_rng(0)
+    output, lse = rng.standard_normal((2, 3, 20), np.float32), rng.standard_normal((2, 4, 3), np.float32)
+    output[0, 0, 0] = -0.0
+    none = {"output": np.full_like(output, np.nan), "lse": np.full_like(lse, -np.inf)}
+    for first, second in (("a", "b"), ("b", "a")):
+        feeds = {f"output_{first}": output, f"lse_{first}": lse, f"output_{second}": none["output"], f"lse_{second}": none["lse"]}
+        got = merge_session(4).run(None, feeds)
+        assert got[0].tobytes() == output.tobytes()
+        np.testing.assert_array_equal(got[1], lse)
+
+
 @pytest.mark.parametrize(
     ("index", "change", "words"),
     [
-        ("exact", {"span": np.array([[4, 20]], np.int32)}, r"span of row 0, KV head 0 is 4; it must be above sink \(4\)"),
+        ("exact", {"span": np.array([[4, 20]], np.int32)}, r"span of row 0, KV head 0 is 4; it must be above sink \(4\), or 0"),
+        ("exact", {"span": np.array([[0, 1]], np.int32)}, r"span of row 0, KV head 1 is 1; it must be above sink \(4\), or 0"),
+        ("exact", {"span": np.array([[-1, 20]], np.int32)}, r"span of row 0, KV head 0 is -1; it must be above sink \(4\), or 0"),
         ("exact", {"span": np.zeros((1, 3), np.int32)}, r"span has shape \[1, 3\]; it must be \[1, 2\]"),
         ("tables", {"query_codes": np.zeros((1, 1, 4, 5), np.int32)}, r"has shape \[1, 1, 4, 5\]; it must be \[1, 1, 4, 6\]"),
         ("sketch", {"query_codes": np.zeros((1, 1, 4, 2), np.int32)}, "query_codes is given; it belongs to index signature"),
@@ -160,8 +227,8 @@ def test_a_span_over_the_capacity_sees_everything(tokens: int) -> None:
     np.testing.assert_array_equal(got["present_key"], rings[1])
     np.testing.assert_array_equal(got["present_value"], rings[2])
     feeds["length"][2] += 1
-    with pytest.raises(Exception, match=r"span of row 2, KV head 0 is 300; allowed are 5 to the head's capacity 70$"):
+    with pytest.raises(Exception, match=r"of row 2, KV head 0 is 300; allowed are 5 to the head's capacity 70, and 0 for none$"):
         span_op.run(sess, {**feeds, **caches})
     feeds["span"][:] = 4
-    with pytest.raises(Exception, match=r"KV head 0 is 4; allowed are 5 .* 70, and more while nothing has left its ring"):
+    with pytest.raises(Exception, match=r"0 is 4; allowed are 5 .* 70, more while nothing has left its ring, and 0 for none"):
         span_op.run(sess, {**feeds, **caches})

@@ -284,17 +284,36 @@ def test_thousands_of_tokens_generated_from_nothing(index: str) -> None:
 
 
 @pytest.mark.parametrize("index", ["sketch", "tables", "signature64"])
-@pytest.mark.parametrize("start", [32700, 33500])
+@pytest.mark.parametrize("start", [65468, 66268])
 def test_past_a_segment(index: str, start: int) -> None:
-    """Ids are 16-bit within segments of 32768 tokens. The caches come filled, the state empty: the first step indexes all."""
-    case = Case(hashing(index, 8, 1, 6, 12), heads=3, kv_heads=1, dim=8, capacity=34048)
+    """Ids are 16-bit within segments of 65536 tokens. The caches come filled, the state empty: the first step indexes all."""
+    case = Case(hashing(index, 8, 1, 6, 12), heads=3, kv_heads=1, dim=8, capacity=66816)
     case.preload(start)
     for i in range(120):
         got, want = case.step(case.tokens(1), compared=i in (0, 1, 60, 90, 119))
         if want[0] is not None:
             check(got, want, True)
     assert want[0] is not None
-    assert want[0].drawn[0].max() > 32700  # type: ignore[union-attr]
+    assert want[0].drawn[0].max() > start - 16  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("start", [65400, 65700])
+def test_one_bucket_holds_a_segment(start: int) -> None:
+    """Two tables give all keys one code: their buckets would begin at 0 and end at 65536, which 16 bits cannot tell apart."""
+    hashed = hashing("tables", 8, 1, 6, 12)
+    assert hashed is not None
+    hashed.projection[:, :12] = np.eye(8, dtype=np.float32)[:, 7:]
+    case = Case(hashed, heads=3, kv_heads=1, dim=8, capacity=66816)
+    case.offset[:, 7] = 0
+    case.preload(start, zero=7)
+    for i, sign in enumerate([-1.0, 1.0] + 150 * [-1.0]):
+        tokens = case.tokens(1)
+        tokens["key"][..., 7] = 0
+        tokens["query"].reshape(3, 8)[:, 7] = sign  # above 0: the codes that no key has
+        got, want = case.step(tokens, compared=i in (0, 1, 151))
+        if want[0] is not None:
+            check(got, want, True)
+            assert all((len(drawn) > start - 100) == (sign < 0) for drawn in want[0].drawn)
 
 
 def test_offsets_beyond_32_bits() -> None:

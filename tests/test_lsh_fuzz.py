@@ -206,7 +206,7 @@ def test_every_word_of_the_header(hashing: Hashing) -> None:
     assert refused > 80
     case.past["past_state"][0] = state
     case.past["past_state"][0, 8] += 1
-    assert "past_state has version 2; this node's is 1" in refusal(case, case.feeds(case.tokens(1), [LENGTH]))
+    assert "past_state has version 3; this node's is 2" in refusal(case, case.feeds(case.tokens(1), [LENGTH]))
 
 
 @EACH

@@ -41,8 +41,8 @@ def test_state_bytes(capacity: int) -> None:
     fixed = 256 + 16 * 8 * 128 * 4 + 8 * 128 * 8
     assert layer_bytes(EXACT, 8, 128, capacity) == fixed
     assert layer_bytes(SIGNATURE, 8, 128, capacity) == fixed + 8 * n64 * 16
-    segments = math.ceil(n64 / 32768)
-    lists, buckets, ids = (math.ceil(x / 64) * 64 for x in (segments * 300, segments * 150 * 1025 * 2, n64 * 300))
+    segments = math.ceil(n64 / 65536)
+    lists, buckets, ids = (math.ceil(x / 64) * 64 for x in (segments * 600, segments * 150 * 1025 * 2, n64 * 300))
     assert layer_bytes(TABLES, 8, 128, capacity) == fixed + 8 * (lists + buckets + ids)
     assert index_bytes_per_token(TABLES, capacity, None) == (lists + buckets + ids) / capacity
     assert layer_bytes(SKETCH, 8, 128, capacity) == fixed + 8 * n64 // 64 * (32 * 64 + 128)
@@ -228,7 +228,7 @@ def test_a_plan_states_what_its_indexes_take(tmp_path: Path) -> None:
     data = json.loads((tmp_path / "plan.json").read_text())
     each = layer_bytes(TABLES, 4, 64, 8192)
     assert data["state_bytes"] == 2 * each == state_bytes(plan)
-    assert data["indexes"] == [{"index": "tables", "bits": 10, "tables": 150, "kv_heads": 8, "bytes_per_token": 337.578}]
+    assert data["indexes"] == [{"index": "tables", "bits": 10, "tables": 150, "kv_heads": 8, "bytes_per_token": 337.617}]
     assert Plan.load(tmp_path) == plan
     for name in ("indexes", "state_bytes"):
         assert Plan.from_dict({key: value for key, value in data.items() if key != name}) == plan

@@ -1,6 +1,7 @@
 // What the ops share: scratch memory of threads, and the geometry of a call.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -50,6 +51,18 @@ class Carver {
   char* next_;
 };
 
+// What a step attends to under a span, its newest token being at `position`: the first `sinks` tokens and the `window` most recent ones.
+struct Kept {
+  int64_t sinks, window, position;
+
+  Kept(int64_t span, int64_t sink, int64_t newest)
+      : sinks(span == 0 ? 0 : std::min(sink, newest + 1)), window(span == 0 ? 0 : std::min(span - sink, newest + 1 - sinks)), position(newest) {}
+  int64_t tokens() const { return sinks + window; }
+};
+
+// Tokens of one task of a step whose pairs keep so many in all.
+int64_t kept_chunk(int64_t all_kept);
+
 // Where things lie in a call, and how an element gets in and out.
 struct CallView {
   const SpanConfig& config;
@@ -91,13 +104,25 @@ struct CallView {
   void load_query(int64_t b, int64_t t, int64_t h, float factor, float* to) const {  // all query heads of KV head h
     kernels.load(call.activation, element(call.query, b, t, config.heads, h * group), factor, to, group * dim);
   }
-  // Divides by the sum, applies the value scale, writes the output and the log-sum-exp of one query head. Without keys: zeros, -inf.
-  void finish(int64_t b, int64_t t, int64_t h, int64_t g, float* acc, float max, float sum) const {
-    const int64_t head = h * group + g;
+  // Attends to the tokens [begin, end) of what is kept, in order of position. Runs end where a ring of `capacity` slots starts over:
+  // sums are the same to the bit whether the cache is such a ring or has every token.
+  void attend(int64_t b, int64_t h, const Kept& kept, int64_t begin, int64_t end, int64_t capacity, bool ring, const float* query,
+              const SoftmaxState& state) const;
+  // Divides by the sum, applies the value scale; the log-sum-exp. Without keys: zeros, -inf.
+  float normalise(int64_t h, float* acc, float max, float sum) const {
     const float factor = sum == 0.f ? 0.f : value_scale(h) / sum;
     for (int64_t d = 0; d < dim; ++d) acc[d] *= factor;
-    kernels.store(call.activation, acc, 1.f, element(call.output, b, t, config.heads, head), dim);
-    if (call.lse) call.lse[(b * config.heads + head) * call.tokens + t] = sum == 0.f ? -INFINITY : max + std::log(sum);
+    return sum == 0.f ? -INFINITY : max + std::log(sum);
+  }
+  // Writes the output and the log-sum-exp of one query head.
+  void write(int64_t b, int64_t t, int64_t h, int64_t g, const float* output, float lse) const {
+    const int64_t head = h * group + g;
+    kernels.store(call.activation, output, 1.f, element(call.output, b, t, config.heads, head), dim);
+    if (call.lse) call.lse[(b * config.heads + head) * call.tokens + t] = lse;
+  }
+  void finish(int64_t b, int64_t t, int64_t h, int64_t g, float* acc, float max, float sum) const {
+    const float lse = normalise(h, acc, max, sum);
+    write(b, t, h, g, acc, lse);
   }
 };
 

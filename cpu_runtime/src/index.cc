@@ -9,7 +9,7 @@ namespace attnspan {
 namespace {
 
 constexpr uint64_t kMagic = 0x5844494e41505341;  // "ASPANIDX"
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 
 }  // namespace
 
@@ -21,7 +21,7 @@ IndexLayout::IndexLayout(const IndexConfig& config, int64_t kv_heads_, int64_t d
   if (config.kind == IndexKind::signature) head_bytes = capacity * config.words() * 8;
   if (config.kind == IndexKind::sketch) head_bytes = capacity / kGroup * sketch_block(config.planes);
   if (config.kind == IndexKind::tables) {
-    start = round_up(segments * config.tables * 2, 64);
+    start = round_up(segments * config.tables * 4, 64);
     ids = start + round_up(segments * config.tables * (config.buckets() + 1) * 2, 64);
     head_bytes = ids + round_up(capacity * config.tables * 2, 64);
   }
@@ -86,7 +86,7 @@ void Index::clear() {
   h.indexed = uint32_t(sink_);
   if (config_.kind != IndexKind::tables) return;
   for (int64_t i = 0; i < layout_.kv_heads; ++i) {
-    std::memset(sorted(i, 0), 0, size_t(layout_.segments * config_.tables * 2));
+    std::memset(sorted(i, 0), 0, size_t(layout_.segments * config_.tables * 4));
     // Sinks are never hashed and never drawn, but they are sorted like all others.
     for (int64_t l = 0; l < config_.tables; ++l) std::memset(ids(i, 0) + l * layout_.stride(0), 0, size_t(std::min(sink_, layout_.stride(0)) * 2));
   }
@@ -145,33 +145,39 @@ void Index::put(int64_t h, int64_t first, int64_t count, const uint64_t* bits) c
   }
 }
 
-bool Index::merge(int64_t h, int64_t s, int64_t l, int64_t coded, uint16_t* scratch) const {
-  const int64_t buckets = config_.buckets(), done = sorted(h, s)[l], fresh = coded - done;
+bool Index::merge(int64_t h, int64_t s, int64_t l, int64_t coded, char* scratch) const {
+  const int64_t buckets = config_.buckets(), done = sorted(h, s)[l];
+  int64_t fresh = coded - done;
   uint16_t *first = start(h, s) + l * (buckets + 1), *all = ids(h, s) + l * layout_.stride(s);
-  uint16_t *codes = scratch, *count = scratch + kSegment, *next = count + buckets + 1;
+  Carver carve(scratch);
+  uint16_t* codes = carve.take<uint16_t>(kSegment);
+  uint32_t *count = carve.take<uint32_t>(buckets + 1), *next = carve.take<uint32_t>(buckets + 1);
   if (fresh < 0) return false;
+  if (fresh == 0) return true;
   std::memcpy(codes, all + done, size_t(fresh) * 2);
-  std::fill_n(count, buckets + 1, uint16_t(0));
+  std::fill_n(count, buckets + 1, 0u);
   for (int64_t i = 0; i < fresh; ++i) {
     if (codes[i] >= buckets) return false;
     ++count[codes[i]];
   }
   if (done == 0) std::fill_n(first, buckets + 1, uint16_t(0));
+  if (first[buckets] != done) return false;
+  // Positions within a table fit 16 bits, its whole length of kSegment does not: it would be a bucket's end like its beginning.
+  if (coded == kSegment && count[codes[0]] == fresh && first[codes[0] + 1] - first[codes[0]] == done) --coded, --fresh, --count[codes[0]];
   // From the last bucket down: what it holds moves up by the number of new ids below it, and leaves room for its own.
   int64_t old_end = done, below = fresh;
-  if (first[buckets] != done) return false;
   first[buckets] = uint16_t(coded);
   for (int64_t c = buckets - 1; c >= 0; --c) {
     const int64_t begin = first[c];
     if (begin > old_end) return false;
     below -= count[c];
     if (below > 0 && old_end > begin) std::memmove(all + begin + below, all + begin, size_t(old_end - begin) * 2);
-    next[c] = uint16_t(old_end + below);
+    next[c] = uint32_t(old_end + below);
     first[c] = uint16_t(begin + below);
     old_end = begin;
   }
   for (int64_t i = 0; i < fresh; ++i) all[next[codes[i]]++] = uint16_t(done + i);
-  sorted(h, s)[l] = uint16_t(coded);
+  sorted(h, s)[l] = uint32_t(coded);
   return true;
 }
 

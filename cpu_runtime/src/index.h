@@ -85,7 +85,7 @@ class Index {
 
   uint64_t* signatures(int64_t h) const { return reinterpret_cast<uint64_t*>(head(h)); }
   uint8_t* sketches(int64_t h) const { return reinterpret_cast<uint8_t*>(head(h)); }
-  uint16_t* sorted(int64_t h, int64_t s) const { return reinterpret_cast<uint16_t*>(head(h)) + s * config_.tables; }
+  uint32_t* sorted(int64_t h, int64_t s) const { return reinterpret_cast<uint32_t*>(head(h)) + s * config_.tables; }
   uint16_t* start(int64_t h, int64_t s) const {
     return reinterpret_cast<uint16_t*>(head(h) + layout_.start) + s * config_.tables * (config_.buckets() + 1);
   }
@@ -97,8 +97,9 @@ class Index {
   void put(int64_t h, int64_t first, int64_t count, const uint64_t* bits) const;
   // Codes that table l of a segment holds unsorted, of `coded` in the segment.
   int64_t unsorted(int64_t h, int64_t s, int64_t l, int64_t coded) const { return coded - sorted(h, s)[l]; }
-  // Sorts them into the buckets. scratch: kSegment + 3 * (buckets + 1) elements. False when the buffer is damaged.
-  bool merge(int64_t h, int64_t s, int64_t l, int64_t coded, uint16_t* scratch) const;
+  // Sorts them into the buckets; one stays behind where all of a segment have one code. False when the buffer is damaged.
+  bool merge(int64_t h, int64_t s, int64_t l, int64_t coded, char* scratch) const;
+  int64_t merge_scratch() const { return kSegment * 2 + 2 * (config_.buckets() + 1) * 4 + 192; }
 
  private:
   char* head(int64_t h) const { return base_ + layout_.heads + h * layout_.head_bytes; }

@@ -97,15 +97,18 @@ struct ScanTask {
 
 // Hash tables over one segment of tokens, numbered from 0 within it. Table l holds the tokens below sorted[l] by bucket: bucket c is
 // ids[l * stride + start[l * (buckets + 1) + c] ...]; for the tokens from there up to `tokens` the same place holds their codes.
+// A start of kSegment is stored as 0. No bucket holds as many.
 struct WalkTask {
-  const uint16_t *start, *ids, *sorted;
+  const uint16_t *start, *ids;
+  const uint32_t* sorted;
   int64_t tables, buckets, stride, tokens;
   const uint16_t* code;  // [tables], of the query
   int64_t min_collisions;
-  uint8_t* count;  // [kSegment * 2], scratch: any 16-bit id stays inside
+  uint8_t* count;  // [kSegment], scratch: any 16-bit id stays inside
+  uint16_t* list;  // [kSegment], scratch
   uint64_t* mask;  // [tokens rounded up to groups]
 };
-constexpr int64_t kSegment = 32768;  // most tokens of a segment
+constexpr int64_t kSegment = 65536;  // most tokens of a segment
 
 struct Overlap {
   int64_t apart, together;

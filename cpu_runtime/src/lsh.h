@@ -51,7 +51,8 @@ uint64_t fingerprint(const float* projection, int64_t count);
 int64_t state_bytes(const LshConfig& config, int64_t dim, int64_t capacity);
 
 // What is wrong with the lengths and states of a call, empty if nothing. Empty states are initialised, rewound ones cut.
-// call: past_key [batch, kv_heads * capacity, 2 * head_dim], values behind their keys; past_value is not used, span by far calls only.
+// call: past_key [batch, kv_heads * capacity, 2 * head_dim], values behind their keys; past_value is not used, span by far calls only:
+// the others attend to everything.
 // state: [batch, state_bytes].
 std::string open_states(const LshConfig& config, const SpanCall& call, int64_t capacity, void* state);
 

@@ -70,10 +70,13 @@ struct LshCall {
   int64_t pairs() const { return call.batch * config.kv_heads; }
   int64_t target(int64_t tokens) const { return std::max(config.sink, tokens - config.window); }
 
-  // Positions from the sinks to here are attended to, or drawn.
-  int64_t end(int64_t i) const {
-    const int64_t tokens = call.length[i / config.kv_heads] + 1;
-    return call.far ? std::max(config.sink, tokens - (call.span[i] - config.sink)) : tokens;
+  // The span of what a step sees exactly: of another op's, or of what pair i attends to here.
+  int64_t near_span(int64_t i) const { return call.span[i] > 0 ? call.span[i] : config.sink + config.window; }
+  // Slots of a ring for that of ours, as target hybrid has it: spans are rounded to blocks of 64 tokens (planner/rules.py).
+  int64_t near_ring() const { return round_up(config.sink + config.window, 64); }
+  // Positions from the sinks to here are far: drawn, or not indexed yet.
+  int64_t far_end(int64_t i) const {
+    return std::max(config.sink, call.length[i / config.kv_heads] + 1 - (near_span(i) - config.sink));
   }
 
   void update(int64_t b, int64_t to);

@@ -91,9 +91,9 @@ class LshKernel : NodeKernel {
       expect("span", span, {call.batch, config_.kv_heads});
       call.far = true, call.span = span.GetTensorData<int32_t>();
       for (int64_t i = 0; i < call.batch * config_.kv_heads; ++i)
-        if (call.span[i] <= config_.sink)
+        if (call.span[i] <= config_.sink && call.span[i] != 0)
           fail("span of row " + std::to_string(i / config_.kv_heads) + ", KV head " + std::to_string(i % config_.kv_heads) + " is " +
-               std::to_string(call.span[i]) + "; it must be above sink (" + std::to_string(config_.sink) + ")");
+               std::to_string(call.span[i]) + "; it must be above sink (" + std::to_string(config_.sink) + "), or 0 for none");
     }
     if (codes) {
       if (config_.index.kind != attnspan::IndexKind::signature && (config_.index.kind != attnspan::IndexKind::tables || config_.index.tables % 2))

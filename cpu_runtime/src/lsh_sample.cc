@@ -52,11 +52,12 @@ void sample_hashed(LshCall& op, const Hashed& hashed, int64_t i, int64_t begin, 
   // Tables answer for all that a segment holds, signatures for the groups that are asked for.
   const int64_t unit = tables ? kSegment : kGroup, first = begin / unit * unit, held = tables ? std::min(first + kSegment, index.indexed()) : end;
   const int64_t groups = (held - first + kGroup - 1) / kGroup;
-  Carver carve(task_scratch.get(groups * kGroup * 5 + kPad * 5 + kQuad * groups * 8 + 2 * kSegment + dim * 4 + 512));
+  Carver carve(task_scratch.get(groups * kGroup * 5 + kPad * 5 + kQuad * groups * 8 + 3 * kSegment + dim * 4 + 512));
   int32_t* id = carve.take<int32_t>(groups * kGroup + kPad);
   uint8_t* drawn = carve.take<uint8_t>(groups * kGroup + kPad);
   uint64_t* mask = carve.take<uint64_t>(kQuad * groups);
-  uint8_t* counts = carve.take<uint8_t>(2 * kSegment);
+  uint8_t* counts = carve.take<uint8_t>(kSegment);
+  uint16_t* list = carve.take<uint16_t>(kSegment);
   float* mean = carve.take<float>(dim);
   const auto attend = [&](int64_t count, int64_t head, int64_t heads) {
     const Timed timed(kAttend);
@@ -89,7 +90,7 @@ void sample_hashed(LshCall& op, const Hashed& hashed, int64_t i, int64_t begin, 
           const int64_t s = first / kSegment;
           const WalkTask walk{index.start(h, s), index.ids(h, s), index.sorted(h, s), config.index.tables, config.index.buckets(),
                               op.layout.stride(s), held - first, hashed.codes + (row + g) * config.index.tables,
-                              config.index.min_collisions, counts, mask + g * groups};
+                              config.index.min_collisions, counts, list, mask + g * groups};
           if (!kernels.walk(walk)) op.good = false;
         } else {
           const int64_t words = config.index.words();

@@ -94,8 +94,7 @@ void LshCall::merge_due(int64_t b, bool bulk) {
     }
   }
   parallel(int64_t(due.size()), [&](int64_t i) {
-    auto* scratch = reinterpret_cast<uint16_t*>(task_scratch.get((kSegment + 3 * (config.index.buckets() + 1)) * 2));
-    if (!row.merge(due[i].h, due[i].s, due[i].l, coded(due[i].s), scratch)) good = false;
+    if (!row.merge(due[i].h, due[i].s, due[i].l, coded(due[i].s), task_scratch.get(row.merge_scratch()))) good = false;
   });
 }
 

@@ -18,6 +18,10 @@ struct MergeCall {
   float* lse;
 };
 
+// Merges two parts of one query head: output [head_dim] in fp32, and its log-sum-exp. part: of type `type`; scratch [head_dim].
+float merge_head(const Kernels& kernels, DType type, const void* const part[2], const float lse[2], int64_t dim, float* output,
+                 float* scratch);
+
 void merge_attention(const MergeCall& call, const Kernels& kernels, const Parallel& parallel);
 
 }  // namespace attnspan

@@ -110,35 +110,55 @@ ATTNSPAN_INLINE void count_equal(const uint16_t* codes, int64_t tokens, uint16_t
 constexpr int64_t kBatch = 240;
 constexpr uint8_t kEnough = 8;
 
+// ++count[id] of each of `size` ids.
+ATTNSPAN_INLINE void count_ids(const uint16_t* ids, int64_t size, uint8_t* count) {
+  int64_t i = 0;
+  for (; i + 4 <= size; i += 4) {
+    uint64_t four;  // one load for four ids
+    std::memcpy(&four, ids + i, 8);
+    ++count[four & 0xffff];
+    ++count[four >> 16 & 0xffff];
+    ++count[four >> 32 & 0xffff];
+    ++count[four >> 48];
+  }
+  for (; i < size; ++i) ++count[ids[i]];
+}
+
+// Buckets are copied behind one another first and counted afterwards: counting waits for its own stores, and while it does so between
+// two buckets, fewer of them are fetched at a time.
 bool walk_any(const attnspan::WalkTask& task) {
   constexpr int64_t kStartAhead = 32, kIdsAhead = 8;  // tables: far enough for memory, few enough for the requests that a core can have
   const int64_t padded = (task.tokens + attnspan::kGroup - 1) / attnspan::kGroup * attnspan::kGroup;
   std::memset(task.count, 0, size_t(padded));
-  const auto bucket = [&](int64_t l) { return task.start + l * (task.buckets + 1) + task.code[l]; };
-  for (int64_t l = 0; l < kStartAhead && l < task.tables; ++l) __builtin_prefetch(bucket(l));
+  const auto start = [&](int64_t l) { return task.start + l * (task.buckets + 1) + task.code[l]; };
+  // 65536 is stored as 0: only the end of a whole segment is.
+  const auto end_of = [&](int64_t l) { return start(l)[1] + (start(l)[1] < start(l)[0] ? attnspan::kSegment : 0); };
+  int64_t listed = 0;
+  const auto count_listed = [&] {
+    count_ids(task.list, listed, task.count);
+    listed = 0;
+  };
+  for (int64_t l = 0; l < kStartAhead && l < task.tables; ++l) __builtin_prefetch(start(l));
   for (int64_t l = 0; l < task.tables; ++l) {
-    if (l + kStartAhead < task.tables) __builtin_prefetch(bucket(l + kStartAhead));
+    if (l + kStartAhead < task.tables) __builtin_prefetch(start(l + kStartAhead));
     if (l + kIdsAhead < task.tables) {
-      const uint16_t *range = bucket(l + kIdsAhead), *next = task.ids + (l + kIdsAhead) * task.stride;
-      for (int64_t i = range[0]; i < range[1]; i += 32) __builtin_prefetch(next + i);
+      const uint16_t* next = task.ids + (l + kIdsAhead) * task.stride;
+      const int64_t end = end_of(l + kIdsAhead);
+      for (int64_t i = start(l + kIdsAhead)[0]; i < end; i += 32) __builtin_prefetch(next + i);
     }
-    if (l > 0 && l % kBatch == 0)
+    if (l > 0 && l % kBatch == 0) {
+      count_listed();
       for (int64_t i = 0; i < padded; ++i) task.count[i] = task.count[i] < kEnough ? task.count[i] : kEnough;
-    const int64_t begin = bucket(l)[0], end = bucket(l)[1], sorted = task.sorted[l];
-    if (begin > end || end > sorted || sorted > task.tokens) return false;
-    const uint16_t* ids = task.ids + l * task.stride;
-    int64_t i = begin;
-    for (; i + 4 <= end; i += 4) {
-      uint64_t four;  // one load for four ids
-      std::memcpy(&four, ids + i, 8);
-      ++task.count[four & 0xffff];
-      ++task.count[four >> 16 & 0xffff];
-      ++task.count[four >> 32 & 0xffff];
-      ++task.count[four >> 48];
     }
-    for (; i < end; ++i) ++task.count[ids[i]];
+    const int64_t begin = start(l)[0], end = end_of(l), sorted = task.sorted[l], size = end - begin;
+    if (end > sorted || sorted > task.tokens) return false;
+    const uint16_t* ids = task.ids + l * task.stride;
+    if (listed + size > attnspan::kSegment) count_listed();
+    std::memcpy(task.list + listed, ids + begin, size_t(size) * 2);
+    listed += size;
     if (sorted < task.tokens) count_equal(ids + sorted, task.tokens - sorted, task.code[l], task.count + sorted);
   }
+  count_listed();
   for (int64_t g = 0; g < padded / attnspan::kGroup; ++g) {
     const uint8_t* count = task.count + g * attnspan::kGroup;
 #if defined(__AVX512BW__)

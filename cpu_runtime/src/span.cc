@@ -20,19 +20,20 @@ void decode(const CallView& view, const Parallel& parallel) {
   const int64_t pairs = call.batch * config.kv_heads, group = view.group, dim = view.dim, sink = config.sink;
 
   struct Pair {
-    int64_t first_task, tasks, sinks, window, position;
+    Kept kept;
+    int64_t first_task, tasks;
   };
-  std::vector<Pair> pair(pairs);
+  std::vector<Pair> pair;
   std::vector<int32_t> owner;
   int64_t tasks = 0, all_kept = 0;
-  for (int64_t i = 0; i < pairs; ++i) all_kept += std::min<int64_t>(call.span[i], call.length[i / config.kv_heads] + 1);
-  const int64_t chunk = std::clamp(all_kept / kManyTasks, kShortChunk, kLongChunk);
   for (int64_t i = 0; i < pairs; ++i) {
-    const int64_t position = call.length[i / config.kv_heads];
-    const int64_t sinks = std::min(sink, position + 1);
-    const int64_t window = std::min<int64_t>(call.span[i] - sink, position + 1 - sinks);
-    const int64_t count = (sinks + window + chunk - 1) / chunk;
-    pair[i] = {tasks, count, sinks, window, position};
+    pair.push_back({Kept(call.span[i], sink, call.length[i / config.kv_heads]), 0, 0});
+    all_kept += pair[i].kept.tokens();
+  }
+  const int64_t chunk = kept_chunk(all_kept);
+  for (int64_t i = 0; i < pairs; ++i) {
+    const int64_t count = (pair[i].kept.tokens() + chunk - 1) / chunk;
+    pair[i].first_task = tasks, pair[i].tasks = count;
     owner.insert(owner.end(), count, int32_t(i));
     tasks += count;
   }
@@ -45,8 +46,12 @@ void decode(const CallView& view, const Parallel& parallel) {
 
   for (int64_t i = 0; i < pairs; ++i) {
     const int64_t b = i / config.kv_heads, h = i % config.kv_heads;
-    const int64_t slot = slot_of(pair[i].position, sink, config.capacity[h]) * view.slot_bytes;
-    view.store_token(b, 0, h, view.keys(b, h) + slot, view.values(b, h) + slot, reinterpret_cast<float*>(task_scratch.get(dim * 4)));
+    const int64_t slot = slot_of(call.length[b], sink, config.capacity[h]) * view.slot_bytes;
+    float* wide = reinterpret_cast<float*>(task_scratch.get(dim * 4));
+    view.store_token(b, 0, h, view.keys(b, h) + slot, view.values(b, h) + slot, wide);
+    if (pair[i].tasks > 0) continue;
+    std::fill_n(wide, dim, 0.f);
+    for (int64_t g = 0; g < group; ++g) view.finish(b, 0, h, g, wide, 0.f, 0.f);
   }
 
   parallel(tasks, [&](int64_t task) {
@@ -58,24 +63,8 @@ void decode(const CallView& view, const Parallel& parallel) {
     std::fill_n(state.max, group, -INFINITY);
     std::fill_n(state.sum, group, 0.f);
     std::fill_n(state.acc, group * dim, 0.f);
-    const char *key = view.keys(b, h), *value = view.values(b, h);
-    const int64_t capacity = config.capacity[h], kept = p.sinks + p.window;
-    const int64_t end = std::min(kept, (task - p.first_task + 1) * chunk);
-    // The kept tokens in order of position: sinks, then the window, which is up to two contiguous runs of slots.
-    for (int64_t k = (task - p.first_task) * chunk; k < end;) {
-      int64_t slot, run;
-      if (k < p.sinks) {
-        slot = k, run = p.sinks - k;
-      } else {
-        slot = slot_of(p.position + 1 - kept + k, sink, capacity), run = capacity - slot;
-      }
-      run = std::min(run, end - k);
-      kernels.decode(call.cache,
-                     DecodeRun{query, group, dim, key + slot * view.slot_bytes, value + slot * view.slot_bytes, view.stride, run,
-                               config.softcap},
-                     state);
-      k += run;
-    }
+    const int64_t begin = (task - p.first_task) * chunk, end = std::min(p.kept.tokens(), begin + chunk);
+    view.attend(b, h, p.kept, begin, end, config.capacity[h], true, query, state);
     if (left[i].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
     const int64_t first = p.first_task * group;
     const SoftmaxState all{max + first, sum + first, acc + first * dim};
@@ -107,11 +96,13 @@ void prefill(const CallView& view, const Parallel& parallel) {
   parallel(pairs * blocks, [&](int64_t index) {
     // The last blocks see most keys: they go first, so that no thread is left with a long task at the end.
     const int64_t i = index % pairs, block = blocks - 1 - index / pairs, b = i / config.kv_heads, h = i % config.kv_heads;
-    const int64_t start = block * task_tokens, length = call.length[b], window = call.span[i] - sink;
+    const int64_t start = block * task_tokens, length = call.length[b], capacity = config.capacity[h], span = call.span[i];
+    const bool far = call.far && span > 0;
+    const int64_t window = (call.far && !far ? capacity : span) - sink;
     PrefillTask task{std::min(task_tokens, tokens - start), group, dim, length + start, window, sink,
                      config.softcap, view.score_scale(h), call.activation == DType::bf16};
     // Of what lies far a query sees what one that stands a window before it sees of all, less the sinks.
-    if (call.far) task.first -= window, task.window = INT32_MAX, task.sink = 0;
+    if (far) task.first -= window, task.window = INT32_MAX, task.sink = 0;
     const int64_t rows = task.rows(), padded = round_up(rows, kRowPanel);
     Carver scratch_carve(task_scratch.get((rows * dim + 2 * padded * dim + kKeyTile * (kRowPanel + 2 * dim) + 3 * padded) * 4 + 512));
     PrefillScratch scratch;
@@ -125,7 +116,7 @@ void prefill(const CallView& view, const Parallel& parallel) {
     scratch.state.sum = scratch_carve.take<float>(padded);
     scratch.state.acc = scratch_carve.take<float>(padded * dim);
     const int64_t last = task.first + task.tokens - 1;
-    if (call.far && last < sink) {
+    if (far ? last < sink : !call.far && span == 0) {
       std::fill_n(scratch.query, dim, 0.f);
       for (int64_t r = 0; r < rows; ++r) view.finish(b, start + r / group, h, r % group, scratch.query, 0.f, 0.f);
       return;
@@ -134,7 +125,6 @@ void prefill(const CallView& view, const Parallel& parallel) {
     kernels.prefill_begin(call.cache, task, scratch);
 
     const char *ring_key = view.keys(b, h), *ring_value = view.values(b, h);
-    const int64_t capacity = config.capacity[h];
     // Tiles over positions [from, to): the ring below `length`, the chunk from there on.
     const auto walk = [&](int64_t from, int64_t to) {
       while (from < to) {
@@ -181,6 +171,18 @@ void prefill(const CallView& view, const Parallel& parallel) {
 
 }  // namespace
 
+int64_t kept_chunk(int64_t all_kept) { return std::clamp(all_kept / kManyTasks, kShortChunk, kLongChunk); }
+
+void CallView::attend(int64_t b, int64_t h, const Kept& kept, int64_t begin, int64_t end, int64_t capacity, bool ring, const float* query,
+                      const SoftmaxState& state) const {
+  for (int64_t k = begin; k < end;) {
+    const int64_t position = k < kept.sinks ? k : kept.position + 1 - kept.tokens() + k, slot = slot_of(position, config.sink, capacity);
+    const int64_t run = std::min(k < kept.sinks ? kept.sinks - k : capacity - slot, end - k), at = (ring ? slot : position) * slot_bytes;
+    kernels.decode(call.cache, DecodeRun{query, group, dim, keys(b, h) + at, values(b, h) + at, stride, run, config.softcap}, state);
+    k += run;
+  }
+}
+
 std::vector<int64_t> SpanConfig::offset() const {
   std::vector<int64_t> out{0};
   for (int64_t c : capacity) out.push_back(out.back() + c);
@@ -209,10 +211,10 @@ std::string check_call(const SpanConfig& config, const SpanCall& call) {
       const int64_t span = call.span[b * config.kv_heads + h], capacity = config.capacity[h];
       // A step writes its token before it attends: then the ring must have room for it.
       const bool whole = call.length[b] + (call.tokens == 1) <= capacity;
-      if (span <= config.sink || (span > capacity && !whole))
+      if (span != 0 && (span <= config.sink || (span > capacity && !whole)))
         return "span of row " + std::to_string(b) + ", KV head " + std::to_string(h) + " is " + std::to_string(span) +
                "; allowed are " + std::to_string(config.sink + 1) + " to the head's capacity " + std::to_string(capacity) +
-               (whole ? ", and more while nothing has left its ring" : "");
+               (whole ? ", more while nothing has left its ring, and 0 for none" : ", and 0 for none");
     }
   }
   return "";

@@ -40,7 +40,9 @@ struct SpanCall {
   const float *key_scale, *value_scale;
   void* output;
   float* lse;
-  bool far;  // attend to what `span` leaves out of all that came before, and not to what it holds; past_key has every token
+  // span counts tokens that are attended to, sinks included; 0: none. far: of all that came before, which past_key then has, attend
+  // to what such a span leaves out; 0: to everything.
+  bool far;
 };
 
 // Runs body(context, i) for i in [0, count) on any threads it likes and returns when all are done.
@@ -58,7 +60,8 @@ struct Parallel {
 std::string check_call(const SpanConfig& config, const SpanCall& call);
 
 // Computes the call. A chunk attends to the ring as it was before the chunk and to itself; then it is written to the ring.
-// Every key is attended to in its stored form, so that results do not depend on how a prompt is cut into chunks.
+// Every key is attended to in its stored form, so that results do not depend on how a prompt is cut into chunks. A far call has
+// several tokens.
 void span_attention(const SpanConfig& config, const SpanCall& call, const Kernels& kernels, const Parallel& parallel);
 
 }  // namespace attnspan

@@ -9,8 +9,9 @@ from choices import sampling, tradeoff
 from flows import hybrid, pipeline
 from quality import equal_bytes
 from spans import elastic, heads, ring, spans
+from timeline import hybrid_timeline
 
-PICTURES = (pipeline, spans, ring, elastic, heads, tradeoff, sampling, hybrid, equal_bytes)
+PICTURES = (pipeline, spans, ring, elastic, heads, tradeoff, sampling, hybrid, equal_bytes, hybrid_timeline)
 
 
 def main() -> None:
