@@ -116,6 +116,24 @@ def difference(ours: Sums, theirs: Sums) -> Figure | None:
     return Figure(float(value), low, high)
 
 
+def together(ours: Mapping[str, Sums], theirs: Mapping[str, Sums]) -> tuple[Figure, int] | None:
+    """The mean over tasks of ours less theirs, and the number of documents. Documents of one number are drawn together, those of
+    all tasks: a list of words with the prose of its number. None where no document has all tasks."""
+    common = sorted(set.intersection(*(set(ours[task]) & set(theirs[task]) for task in ours)))
+    if not common:
+        return None
+    weights = np.vstack((np.ones(len(common)), _drawn(len(common))))
+
+    def mean(found: Mapping[str, Sums]) -> npt.NDArray[np.float64]:
+        pairs = np.array([[each[document] for document in common] for each in found.values()])  # [tasks, documents, 2]
+        tops, bottoms = np.moveaxis(weights @ pairs, -1, 0)
+        return np.asarray((tops / bottoms).mean(0))
+
+    value, *drawn = mean(ours) - mean(theirs)
+    low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
+    return Figure(float(value), low, high), len(common)
+
+
 def figures_of(task: str) -> tuple[str, ...]:
     """The figures that mean something for a task."""
     rest = ("kl", "top1", "rise")
@@ -185,7 +203,27 @@ def pairs(rows: Sequence[Row], ours: str, others: Sequence[str]) -> str:
                 if found is not None:
                     cell = _cell(figure, [found.value, found.low, found.high])
                     out.append(f"| {task} | {length} | {budget} | `{other}` | {len(set(a) & set(b))} | {figure} | {cell} |")
-    return "\n".join(out)
+    return "\n".join(out + _all_tasks(by, ours, others))
+
+
+def _all_tasks(by: Mapping[tuple[str, int, str], Sequence[Row]], ours: str, others: Sequence[str]) -> list[str]:
+    """Lines of a table: the mean over all tasks that have right answers, exact or ranked."""
+    right = {task: figures_of(task)[0] for task, _, _ in sorted(by) if figures_of(task)[0] in SHARES}
+    out = []
+    for length, name in sorted({(length, name) for _, length, name in by if name.startswith(f"{ours}-")}):
+        budget = name.partition("-")[2]
+        for other in others:
+            found = [
+                {task: sums(by[task, length, who], figure) for task, figure in right.items() if (task, length, who) in by}
+                for who in (name, f"{other}-{budget}", f"{other}:{budget}")
+            ]
+            mine, theirs = found[0], found[1] or found[2]
+            pooled = together(mine, theirs) if mine.keys() == theirs.keys() else None
+            if pooled is not None:
+                figure, count = pooled
+                cell = _cell("exact", [figure.value, figure.low, figure.high])
+                out.append(f"| all: {', '.join(mine)} | {length} | {budget} | `{other}` | {count} | right | {cell} |")
+    return out
 
 
 def main() -> None:

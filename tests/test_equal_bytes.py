@@ -198,6 +198,20 @@ def test_differences_are_taken_document_by_document() -> None:
     assert report.difference(ours, {11: (0.0, 1.0)}) is None
 
 
+def test_tasks_together() -> None:
+    """A mean of differences over tasks, of the documents that all of them have, drawn together."""
+    ours = {"a": {1: (2.0, 2.0), 2: (1.0, 2.0), 3: (9.0, 9.0)}, "b": {1: (1.0, 1.0), 2: (1.0, 1.0)}}
+    theirs = {"a": {1: (2.0, 2.0), 2: (0.0, 2.0)}, "b": {1: (1.0, 1.0), 2: (1.0, 1.0)}}
+    found = report.together(ours, theirs)
+    assert found is not None
+    figure, count = found
+    assert count == 2
+    assert figure.value == pytest.approx((0.25 + 0.0) / 2)
+    assert (figure.low, figure.high) == pytest.approx((0.0, 0.25))
+    assert report.together({"a": {1: (1.0, 1.0)}}, {"a": {2: (1.0, 1.0)}}) is None
+
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs a benchmark's main with these words; what it printed, on standard error where it is to fail with status 2."""
