@@ -35,7 +35,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--new-tokens", metavar="M", type=int, default=64, help="tokens to generate (64)")
     parser.add_argument("--repeat", metavar="R", type=int, default=3, help="rounds (3)")
     parser.add_argument("--batch", metavar="B", type=int, default=1, help="rows, each with a prompt of its own (1)")
-    parser.add_argument("--threads", metavar="T", type=int, help="threads (default: physical cores)")
+    parser.add_argument("--threads", metavar="T", type=int, help="threads (default: physical cores, on a GPU one less)")
     parser.add_argument("--no-library", action="store_true", help="run attention as standard ONNX: slow")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="hybrid: where all but the sampling runs (cpu)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures to this file")

@@ -28,7 +28,7 @@ def register(subparsers: Any) -> None:
 
 
 def _add_options(group: Any) -> None:
-    group.add_argument("--threads", metavar="N", type=int, help="threads (default: physical cores)")
+    group.add_argument("--threads", metavar="N", type=int, help="threads (default: physical cores, on a GPU one less)")
     library = group.add_mutually_exclusive_group()
     library.add_argument("--library", metavar="FILE", type=Path, help="op library to use (default: the installed one)")
     library.add_argument("--no-library", action="store_true", help="run attention as standard ONNX: slow")
