@@ -54,7 +54,7 @@ def load(folder: Path) -> list[Row]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give the folder that equal_bytes.py wrote to") from None
     dense = {_place(row): row for row in rows if row["contender"] == "dense"}
-    out = []
+    out: list[Row] = []
     for row in rows:
         name, end, true = row["contender"], f"-{row['length']}", dense[_place(row)]
         out.append({**row, "contender": name.removesuffix(end), "known": true["exact"], "rise": true["logp"] - row["logp"]})
