@@ -105,15 +105,8 @@ def estimate(found: Sums, share: bool) -> Figure:
 
 def difference(ours: Sums, theirs: Sums) -> Figure | None:
     """Ours less theirs over the documents that both have, drawn together; None without any."""
-    common = sorted(set(ours) & set(theirs))
-    if not common:
-        return None
-    a, b = (np.array([found[document] for document in common]) for found in (ours, theirs))
-    value = a[:, 0].sum() / a[:, 1].sum() - b[:, 0].sum() / b[:, 1].sum()
-    weights = _drawn(len(common))
-    (tops, bottoms), (others, below) = ((weights @ pairs).T for pairs in (a, b))
-    low, high = np.quantile(tops / bottoms - others / below, (0.025, 0.975)).tolist()
-    return Figure(float(value), low, high)
+    found = together({"": ours}, {"": theirs})
+    return None if found is None else found[0]
 
 
 def together(ours: Mapping[str, Sums], theirs: Mapping[str, Sums]) -> tuple[Figure, int] | None:
@@ -195,15 +188,19 @@ def pairs(rows: Sequence[Row], ours: str, others: Sequence[str]) -> str:
     for (task, length, name), mine in sorted(by.items()):
         kind, _, budget = name.partition("-")
         for other in others if kind == ours else ():
-            theirs = by.get((task, length, f"{other}-{budget}"), by.get((task, length, f"{other}:{budget}")))
+            theirs = _of_budget(by, task, length, other, budget)
             for figure in [name for name in figures_of(task) if name in ("exact", "rank", "kl")] if theirs else ():
-                assert theirs is not None
                 a, b = sums(mine, figure), sums(theirs, figure)
                 found = difference(a, b)
                 if found is not None:
                     cell = _cell(figure, [found.value, found.low, found.high])
                     out.append(f"| {task} | {length} | {budget} | `{other}` | {len(set(a) & set(b))} | {figure} | {cell} |")
     return "\n".join(out + _all_tasks(by, ours, others))
+
+
+def _of_budget(by: Mapping[tuple[str, int, str], Sequence[Row]], task: str, length: int, kind: str, budget: str) -> Sequence[Row]:
+    """Answers of a kind of contender, whose name is KIND-BUDGET or KIND:BUDGET; none where it was not asked."""
+    return by.get((task, length, f"{kind}-{budget}"), by.get((task, length, f"{kind}:{budget}"), ()))
 
 
 def _all_tasks(by: Mapping[tuple[str, int, str], Sequence[Row]], ours: str, others: Sequence[str]) -> list[str]:
@@ -213,11 +210,8 @@ def _all_tasks(by: Mapping[tuple[str, int, str], Sequence[Row]], ours: str, othe
     for length, name in sorted({(length, name) for _, length, name in by if name.startswith(f"{ours}-")}):
         budget = name.partition("-")[2]
         for other in others:
-            found = [
-                {task: sums(by[task, length, who], figure) for task, figure in right.items() if (task, length, who) in by}
-                for who in (name, f"{other}-{budget}", f"{other}:{budget}")
-            ]
-            mine, theirs = found[0], found[1] or found[2]
+            answers = {task: [_of_budget(by, task, length, kind, budget) for kind in (ours, other)] for task in right}
+            mine, theirs = ({task: sums(each[i], right[task]) for task, each in answers.items() if each[i]} for i in (0, 1))
             pooled = together(mine, theirs) if mine.keys() == theirs.keys() else None
             if pooled is not None:
                 figure, count = pooled

@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,25 @@ LAYERS = 32
 WARM_UP = 2
 
 
-def export(work: Path, layers: int, vocabulary: int, n_max: int, fraction: float) -> dict[str, Path]:
-    """The artefacts `dense` (target cpu) and `hybrid`, all of whose heads are sampled."""
+def export(work: Path, layers: int, vocabulary: int, n_max: int, wanted: Mapping[str, tuple[str, HeadRule]]) -> dict[str, Path]:
+    """Artefacts by name, each of a target and with one rule for all heads."""
     write_checkpoint(work / "model", SHAPES["8b"] | {"num_hidden_layers": layers, "vocab_size": vocabulary})
     shape = read_model(str(work / "model"))[0]
-    rules = {"dense": HeadRule("dense"), "hybrid": HeadRule("lsh", lsh=LshParams("sketch", 64, fraction=fraction))}
     made = {}
-    for name, rule in rules.items():
+    for name, (target, rule) in wanted.items():
         plan = work / f"{name}.json"
         Plan(model=shape, n_max=n_max, rules=[[rule] * shape.kv_heads] * layers).save(plan)
-        target = {"dense": "cpu", "hybrid": "hybrid"}[name]
         export_model(
             Options(model=str(work / "model"), out=work / name, plan=plan, target=target, dtype="fp32", cache_dtype="bf16")
         )
         made[name] = work / name
     shutil.rmtree(work / "model")
     return made
+
+
+def sampled(window: int, fraction: float) -> HeadRule:
+    """A head that is sampled by sketches but for its window."""
+    return HeadRule("lsh", lsh=LshParams("sketch", window, fraction=fraction))
 
 
 def fill(session: Session, tokens: int) -> None:
@@ -117,7 +121,9 @@ def main() -> int:
     contexts = [int(word) for word in args.contexts.split(",")]
     work = Path(tempfile.mkdtemp(dir=args.folder, prefix="hybrid-decode-"))
     try:
-        folders = export(work, args.layers, args.vocabulary, max(contexts) + WARM_UP + args.rounds + 1, args.fraction)
+        n_max = max(contexts) + WARM_UP + args.rounds + 1
+        wanted = {"dense": ("cpu", HeadRule("dense")), "hybrid": ("hybrid", sampled(64, args.fraction))}
+        folders = export(work, args.layers, args.vocabulary, n_max, wanted)
         for context in contexts:
             print(json.dumps(measure(folders, context, args.rounds, args.layers, args.threads)), flush=True)
     finally:

@@ -20,34 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from export_size import SHAPES, write_checkpoint
-from hybrid_decode import WARM_UP, fill
+from hybrid_decode import WARM_UP, export, fill, sampled
 
 from attnspan.cpu_runtime.bench_trace import Run, hidden, read_runs
 from attnspan.cpu_runtime.bench_trace_picture import layer_runs
 from attnspan.cpu_runtime.loading import default_threads
 from attnspan.cpu_runtime.session import Session
-from attnspan.export.pipeline import Options, export_model
-from attnspan.export.source import read_model
-from attnspan.planner.plan import Plan
-from attnspan.planner.rules import HeadRule, LshParams
 
+VOCABULARY = 2048
 SETTLE = 0.05
 """Seconds between steps, so that threads of the other session no longer spin."""
-
-
-def export(work: Path, layers: int, n_max: int, window: int, fraction: float) -> Path:
-    """The artefact, all of whose heads are sampled."""
-    write_checkpoint(work / "model", SHAPES["8b"] | {"num_hidden_layers": layers, "vocab_size": 2048})
-    shape = read_model(str(work / "model"))[0]
-    rule = HeadRule("lsh", lsh=LshParams("sketch", window, fraction=fraction))
-    Plan(model=shape, n_max=n_max, rules=[[rule] * shape.kv_heads] * layers).save(work / "plan.json")
-    options = Options(
-        model=str(work / "model"), out=work / "out", plan=work / "plan.json", target="hybrid", dtype="fp32", cache_dtype="bf16"
-    )
-    export_model(options)
-    shutil.rmtree(work / "model")
-    return work / "out"
 
 
 def summary(runs: list[Run]) -> dict[str, float]:
@@ -123,7 +105,8 @@ def main() -> int:
     work = Path(tempfile.mkdtemp(prefix="hybrid-overlap-"))
     try:
         n_max = args.context + WARM_UP + args.rounds + 1
-        folder = args.artefact or export(work, args.layers, n_max, args.window, args.fraction)
+        wanted = {"hybrid": ("hybrid", sampled(args.window, args.fraction))}
+        folder = args.artefact or export(work, args.layers, VOCABULARY, n_max, wanted)["hybrid"]
         figures, steps = measure(folder, args.context, args.rounds, args.threads)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -18,7 +18,6 @@ from attnspan.calibration.item_profile import Curve, ItemProfile, by_length
 from attnspan.calibration.items import Item
 from attnspan.calibration.sampling_profile import ItemSampling
 from attnspan.planner.choices import Choices
-from attnspan.planner.errors import UserError
 from attnspan.planner.grid import FULL, fine_grid
 from attnspan.planner.losses import LossTable, monotone, stretched
 from attnspan.planner.lsh_grid import dense_below
@@ -58,17 +57,11 @@ def load_choices(
     cal = Calibration.load(folder)
     if n_max is None:
         n_max = cal.limit or max(cal.lengths)
-    items = cal.calibration_items()
-    files = [cal.folder / "profile" / f"{item.id}.npz" for item in items]
-    missing = sum(not file.is_file() for file in files)
-    if missing:
-        raise UserError(
-            f"{cal.folder}: {missing} of {len(items)} items are not profiled yet; run attnspan calibrate again to finish"
-        )
+    files = cal.profiles()
     sampling = [ItemSampling.load(file) for file in sorted((cal.folder / FOLDER).glob("*.npz"))]
     sampling = [each for each in sampling if sampled is None or each.item in sampled]
     grid = tuple(rules) if rules is not None else fine_grid({*cal.lengths, n_max})
-    curves = span_curves([ItemProfile.load(f) for f in files], items)
+    curves = span_curves([ItemProfile.load(f) for f in files], cal.calibration_items())
     return build_choices(cal.shape, n_max, curves, sampling, grid, candidates)
 
 

@@ -71,6 +71,17 @@ class Calibration:
         """Items that plans are made with."""
         return load_items(self.folder / "items.jsonl")
 
+    def profiles(self) -> list[Path]:
+        """The files of the calibration items' dense profiles; UserError when the calibration was interrupted."""
+        items = self.calibration_items()
+        files = [self.folder / "profile" / f"{item.id}.npz" for item in items]
+        missing = sum(not file.is_file() for file in files)
+        if missing:
+            raise UserError(
+                f"{self.folder}: {missing} of {len(items)} items are not profiled yet; run attnspan calibrate again to finish"
+            )
+        return files
+
     def held_out_items(self) -> list[Item]:
         """Items that plans are validated on."""
         return load_items(self.folder / "held_out.jsonl")

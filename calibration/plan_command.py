@@ -80,6 +80,7 @@ def run_plan(args: argparse.Namespace) -> int:
     """Make a plan from a calibration folder."""
     from attnspan.calibration.estimators import DEFAULT, ESTIMATORS
     from attnspan.calibration.folder import Calibration
+    from attnspan.calibration.item_profile import ItemProfile
 
     if args.target is not None:
         return _run_target(args)
@@ -98,7 +99,7 @@ def run_plan(args: argparse.Namespace) -> int:
     cal = Calibration.load(args.calibration)
     maker = _maker(args, cal)
     maker.rows()  # an infeasible budget is found before anything is run
-    dense = _profiles(cal)
+    dense = [ItemProfile.load(file) for file in cal.profiles()]
     return _write(args, cal, maker, _candidates(args, cal, maker, dense))
 
 
@@ -115,7 +116,7 @@ def _run_target(args: argparse.Namespace) -> int:
     args.max_rules_per_layer = args.max_rules_per_layer or "none"
     cal = Calibration.load(args.calibration)
     n_max, limit = _n_max(args, cal), _limit(args)
-    _profiles(cal)  # an unfinished calibration is found before anything is measured
+    cal.profiles()  # an unfinished calibration is found before anything is measured
     return target_plan.run_target(args, cal, n_max, _rules(args, sorted({*cal.lengths, n_max})), limit)
 
 
@@ -174,20 +175,6 @@ def _budget(args: argparse.Namespace, cal: Calibration, n_max: int) -> Budget:
     ms = dict([at_length(args.milliseconds, n_max, "--milliseconds", float, "3@8192")]) if args.milliseconds else {}
     cost = None if args.cost_table is None else DecodeCost.load(args.cost_table)
     return Budget(density, kv, ms, args.cache_dtype, cost)
-
-
-def _profiles(cal: Calibration) -> list[ItemProfile]:
-    """The dense profiles; UserError when the calibration was interrupted."""
-    from attnspan.calibration.item_profile import ItemProfile
-
-    items = cal.calibration_items()
-    files = [cal.folder / "profile" / f"{item.id}.npz" for item in items]
-    missing = sum(not file.is_file() for file in files)
-    if missing:
-        raise UserError(
-            f"{cal.folder}: {missing} of {len(items)} items are not profiled yet; run attnspan calibrate again to finish"
-        )
-    return [ItemProfile.load(file) for file in files]
 
 
 def _candidates(

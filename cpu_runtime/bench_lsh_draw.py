@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from attnspan.cpu_runtime.lsh_keys import Floats, LayerKeys, from_bf16, rounded
+from attnspan.planner.lsh import SEGMENT
 
 __all__ = ["Draw", "Drawn", "SignatureDraw", "Study", "TablesDraw", "study", "thresholds"]
 
@@ -61,7 +62,7 @@ def _signatures(x: Floats, projection: Floats) -> npt.NDArray[np.uint64]:
 class TablesDraw:
     """Keys that share at least `min_collisions` of `tables` codes with the query; projection [head_dim, bits * tables]."""
 
-    def __init__(self, projection: Floats, bits: int, tables: int, min_collisions: int, segment: int = 65536) -> None:
+    def __init__(self, projection: Floats, bits: int, tables: int, min_collisions: int, segment: int = SEGMENT) -> None:
         self._projection, self._bits, self._tables, self._least = projection, bits, tables, min_collisions
         self._segment = segment
 

@@ -102,17 +102,21 @@ def default_threads(device: str = "cpu") -> int:
 
     For a device other than the CPU one less: the thread that calls ONNX Runtime then waits in a loop that keeps a core busy.
     """
+    return max(1, _physical_cores() - (device != "cpu"))
+
+
+def _physical_cores() -> int:
     try:
         allowed = sorted(os.sched_getaffinity(0))
     except AttributeError:
-        return max(1, (os.cpu_count() or 1) - (device != "cpu"))
+        return os.cpu_count() or 1
     cores = set()
     for cpu in allowed:
         try:
             cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
         except OSError:
             cores.add(str(cpu))
-    return max(1, len(cores) - (device != "cpu"))
+    return len(cores)
 
 
 def _device_library(artefact: Artefact, use_library: bool, library: str | Path | None) -> str | Path:
