@@ -18,7 +18,7 @@ __all__ = ["Sampler", "Sampling"]
 class Sampling:
     """How the next token is chosen. Applied in the order of Hugging Face transformers.
 
-    repetition_penalty (> 0, 1 = none) divides positive and multiplies negative logits of tokens already in
+    repetition_penalty in [0.01, 100], 1 = none, divides positive and multiplies negative logits of tokens already in
     the row; temperature 0 is greedy; top_k 0 = all; top_p in (0, 1], 1 = all; min_p in [0, 1], 0 = all,
     relative to the likeliest token; seed None draws from the system. UserError on a value out of range.
     """
@@ -34,12 +34,10 @@ class Sampling:
         check_number("temperature", self.temperature, 0.0, 100.0, "; change --temperature")
         check_int("top_k", self.top_k, 0, 2**31 - 1, "; change --top-k")
         check_number("min_p", self.min_p, 0.0, 1.0, "; change --min-p")
-        for name, value, high in (
-            ("top_p", self.top_p, 1.0),
-            ("repetition_penalty", self.repetition_penalty, 100.0),
-        ):
-            if check_number(name, value, 0.0, high, f"; change --{name.replace('_', '-')}") == 0.0:
-                raise UserError(f"{name} is 0: must be above 0; change --{name.replace('_', '-')}")
+        if check_number("top_p", self.top_p, 0.0, 1.0, "; change --top-p") == 0.0:
+            raise UserError("top_p is 0: must be above 0; change --top-p")
+        # Below 0.01 a quotient can leave the range of float32.
+        check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0, "; change --repetition-penalty")
         if self.seed is not None:
             check_int("seed", self.seed, 0, 2**63 - 1, "; change --seed")
 
@@ -69,8 +67,10 @@ class Sampler:
             raise RuntimeError(f"the model produced no usable logits (largest is {logits[best]}): not a number")
         if self._how.temperature == 0.0:
             return best
-        with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to weight 0
-            weights = np.exp((logits - logits[best]) / np.float32(self._how.temperature))
+        # A tiny temperature sends all but the best to weight 0; as a float32 it must not become 0 itself.
+        temperature = np.float32(max(self._how.temperature, np.finfo(np.float32).tiny))
+        with np.errstate(over="ignore"):
+            weights = np.exp((logits - logits[best]) / temperature)
         self._filter(weights)
         sums = np.cumsum(weights, dtype=np.float64)
         # Weights of 0 do not move the sum: side "right" steps over them. The product may round up to the sum.

@@ -34,6 +34,7 @@ def test_temperature_0_is_greedy_and_takes_the_first_of_equals() -> None:
         # top-p is taken of what top-k leaves: 0.5714 of it is the first token.
         (Sampling(temperature=1.0, top_k=2, top_p=0.57, seed=1), [0, 1, 0, 0, 0]),
         (Sampling(temperature=1e-9, seed=1), [0, 1, 0, 0, 0]),
+        (Sampling(temperature=5e-324, seed=1), [0, 1, 0, 0, 0]),
     ],
 )
 def test_draws_follow_the_distribution(sampling: Sampling, expected: list[float]) -> None:
@@ -51,6 +52,13 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits() ->
     sampler.observe([1])
     assert sampler.pick(logits) == 0  # 1.5, 1, -1
     assert sampler.pick(np.array([-1.0, -1.5, -1.8], dtype=np.float32)) == 2  # -2, -3, -1.8
+
+
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+def test_extreme_penalties_keep_large_logits_finite(penalty: float) -> None:
+    sampler = Sampler(Sampling(repetition_penalty=penalty), 3)
+    sampler.observe([0])
+    assert sampler.pick(np.array([1e4, 2e4, -1e4], dtype=np.float32)) == (0 if penalty < 1 else 1)
 
 
 def test_seed_repeats_and_rows_differ() -> None:
@@ -92,6 +100,8 @@ def test_a_token_outside_the_filters_is_never_drawn(seed: int, vocab: int, top_k
         ({"top_p": 1.5}, "--top-p"),
         ({"min_p": 2.0}, "--min-p"),
         ({"repetition_penalty": 0.0}, "--repetition-penalty"),
+        ({"repetition_penalty": 5e-324}, "--repetition-penalty"),
+        ({"repetition_penalty": 101.0}, "--repetition-penalty"),
         ({"seed": -1}, "--seed"),
     ],
 )

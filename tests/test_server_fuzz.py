@@ -104,6 +104,7 @@ def message(**changes: Any) -> dict[str, Any]:
         ({"temperature": "hot"}, 400),
         ({"temperature": 1e400}, 400),
         ({"top_p": 2}, 400),
+        ({"repetition_penalty": 5e-324}, 400),
         ({"seed": "x"}, 400),
         ({"stop": 5}, 400),
         ({"stop": [""] * 100}, 400),

@@ -38,8 +38,10 @@ WHY = {
     429: "The queue is full; Retry-After tells when to ask again",
     503: "The server is about to stop; Retry-After tells when to ask again",
 }
+# Of a text/event-stream, OpenAPI before 3.2 describes one event.
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 GENERATES: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The text, or with stream its events"},
+    200: {"content": {"text/event-stream": {"schema": EVENT}}, "description": "The text, or with stream its events"},
     **errors(400, 401, 404, 408, 413, 429, 503),
 }
 
