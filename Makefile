@@ -50,6 +50,7 @@ lint: install
 	@mkdir -p build/types/attnspan && touch build/types/attnspan/__init__.py
 	@for p in $(PACKAGES); do ln -sfn ../../../$$p build/types/attnspan/$$p; done
 	MYPYPATH=build/types:samples $(BIN)/mypy $(addprefix -p attnspan.,$(PACKAGES)) -p server
+	MYPYPATH=build/types:samples:benchmarks $(BIN)/mypy export.py benchmarks samples/demo.py samples/edge
 
 # The theme's authors announce a successor on every build otherwise.
 docs: install

@@ -79,7 +79,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any]) -> int:
     """Write config.json, shards and their index; bytes of all weights."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    block = np.random.default_rng(0).normal(0, 0.02, BLOCK).astype(np.float32).astype(ml_dtypes.bfloat16).view(np.uint8)
+    block = np.random.default_rng(0).normal(0, 0.02, BLOCK).astype(np.float32).astype(ml_dtypes.bfloat16).tobytes()
     shards: list[dict[str, list[int]]] = [{}]
     used = 0
     for name, shape in tensors(config).items():

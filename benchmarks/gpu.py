@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -162,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
         result["checks"] += work()
 
     for name, work in gpu_checks.checks(device, kernels, args.dry_run):
-        this.item("checks", f"check {name}", lambda work=work: check(work))
+        this.item("checks", f"check {name}", partial(check, work))
     if args.hybrid is not None:
         this.item("hybrid", f"hybrid {args.hybrid}", lambda: hybrid(args, result))
     watch = gpu_timing.Stopwatch(device)
@@ -187,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
 
     this.item("small", "ring_update, merge, lsh_hash", small)
     for case in cases:
-        this.item(case.phase, case.label(), lambda case=case: measure(case))
+        this.item(case.phase, case.label(), partial(measure, case))
     this.save()
     print(gpu_report.markdown(result), end="")
     print(f"\n{this.path}", file=sys.stderr)

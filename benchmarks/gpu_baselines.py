@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,13 +125,13 @@ def flashinfer(case: Case, query: Tensor, key: Tensor, value: Tensor, watch: Sto
             last = torch.full((case.batch,), page, dtype=torch.int32, device=query.device)
             wrapper.plan(indptr, indices, last, case.heads, case.kv_heads, case.dim, page, q_data_type=query.dtype)
             q, cache = query.view(case.batch, case.heads, case.dim), (key.view(shape), value.view(shape))
-            step = lambda: wrapper.run(q, cache)  # noqa: E731
+            step = partial(wrapper.run, q, cache)
         else:
             if case.batch > 1:
                 raise UnavailableError("FlashInfer prefill is compared at batch 1 only")
             q = query[0].transpose(0, 1).contiguous()
             k, v = (x.view(case.context, case.kv_heads, case.dim) for x in (key, value))
-            step = lambda: fi.single_prefill_with_kv_cache(q, k, v, causal=True)  # noqa: E731
+            step = partial(fi.single_prefill_with_kv_cache, q, k, v, causal=True)
         step()
     except UnavailableError:
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gpu_reference as reference
@@ -191,8 +192,12 @@ def hash_records(device: torch.device, kernels: Any, tokens: int) -> Iterator[di
 def checks(device: torch.device, kernels: Any, dry: bool) -> list[tuple[str, Callable[[], list[dict[str, Any]]]]]:
     """(name, function that runs it and gives its records), for every kernel."""
     found: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = []
+
+    def attention(one: Setting) -> list[dict[str, Any]]:
+        return list(attention_records(problem(one, device), kernels))
+
     for one in settings(dry):
-        found.append((one.label(), lambda one=one: list(attention_records(problem(one, device), kernels))))
+        found.append((one.label(), partial(attention, one)))
     first = (
         Setting(64, "fp16", 4, (1, 1), (192, 128), (0, 0), (150, 150))
         if dry

@@ -7,7 +7,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,8 @@ def register_eval(subparsers: Any) -> None:
         "eval",
         help="what a plan costs in quality: retrieval, perplexity, KL, against dense and uniform",
         description="Score methods side by side on the same items: a checkpoint in PyTorch, dense, under plans and under uniform "
-        "windows of the same density; or exported artefacts. Interrupted, the same command goes on where it was.",
+        "windows of the same density; or exported artefacts, which may have sampled heads: their answers are decoded token by "
+        "token. Interrupted, the same command goes on where it was.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -204,13 +205,22 @@ def _load_plans(paths: list[Path]) -> dict[str, Plan]:
         while name in out or name in BASELINES:
             name += "'"
         out[name] = Plan.load(file)
+        if any(rule.lsh for layer in out[name].rules for rule in layer):
+            raise UserError(
+                f"{file} has sampled heads, which PyTorch cannot run: attnspan export MODEL OUT --plan {file}, then "
+                "attnspan eval DENSE OUT, where DENSE is the model exported with --density 1"
+            )
     return out
 
 
 def _hash(plan: Plan) -> str:
-    """What a plan keeps, as 16 hex digits; where it comes from does not matter."""
-    rules = [[(rule.mode, rule.alpha, rule.beta) for rule in layer] for layer in plan.rules]
+    """What a plan keeps and samples, as 16 hex digits; where it comes from does not matter."""
+    rules = [[_content(rule) for rule in layer] for layer in plan.rules]
     return hashlib.sha256(json.dumps([plan.n_max, rules]).encode()).hexdigest()[:16]
+
+
+def _content(rule: HeadRule) -> list[Any]:
+    return [rule.mode, rule.alpha, rule.beta, *([] if rule.lsh is None else [asdict(rule.lsh)])]
 
 
 class _Uniform:

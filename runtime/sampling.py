@@ -68,7 +68,7 @@ class Sampler:
         if self._how.temperature == 0.0:
             return best
         # A tiny temperature sends all but the best to weight 0; as a float32 it must not become 0 itself.
-        temperature = np.float32(max(self._how.temperature, np.finfo(np.float32).tiny))
+        temperature = np.float32(max(self._how.temperature, float(np.finfo(np.float32).tiny)))
         with np.errstate(over="ignore"):
             weights = np.exp((logits - logits[best]) / temperature)
         self._filter(weights)

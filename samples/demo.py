@@ -93,13 +93,13 @@ def main() -> None:
 
     print(f"\n{'':34}{'dense':>12}{'sparse':>12}")
     rows = [
-        ("KV cache for 8192 tokens, MB", lambda r: f"{r['kv_bytes'] / 1e6:.1f}"),
-        ("first token after 6000 tokens, s", lambda r: f"{r['ttft_seconds']:.2f}"),
-        ("tokens/s at 6000 tokens", lambda r: f"{r['tokens_per_second']:.1f}"),
-        ("peak memory, MB", lambda r: f"{r['peak_rss_bytes'] / 1e6:.0f}"),
+        ("KV cache for 8192 tokens, MB", "kv_bytes", 1e-6, 1),
+        ("first token after 6000 tokens, s", "ttft_seconds", 1, 2),
+        ("tokens/s at 6000 tokens", "tokens_per_second", 1, 1),
+        ("peak memory, MB", "peak_rss_bytes", 1e-6, 0),
     ]
-    for label, value in rows:
-        print(f"{label:34}{value(bench['dense']):>12}{value(bench['sparse']):>12}")
+    for label, key, unit, digits in rows:
+        print(f"{label:34}" + "".join(f"{bench[name][key] * unit:>12.{digits}f}" for name in ("dense", "sparse")))
     print(f"\nanswer to a prompt of {answer['prompt_tokens']} tokens, the first after {answer['ttft_seconds']:.1f} s, "
           f"then {answer['tokens_per_second']:.0f} tokens/s:\n{answer['text'].strip()}")  # fmt: skip
     print(f"\nheat map of the spans: {plan.with_suffix('.png')}")

@@ -15,7 +15,7 @@ from fake_coder import FakeCoder
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
-from tiny_models import export_tiny
+from tiny_models import export_rules, export_tiny
 
 from attnspan.calibration import evaluate as module
 from attnspan.calibration.eval_command import _Uniform, register_eval
@@ -28,7 +28,7 @@ from attnspan.calibration.texts import EVALUATION, TextSource
 from attnspan.export.cli import Parser
 from attnspan.planner.errors import UserError
 from attnspan.planner.plan import Plan
-from attnspan.planner.rules import HeadRule
+from attnspan.planner.rules import HeadRule, LshParams
 from attnspan.planner.shape import ModelShape
 
 VOCAB = 20_000
@@ -321,6 +321,29 @@ def test_eval_of_an_artefact_says_what_eval_of_its_checkpoint_says(
             assert y["nll"] == pytest.approx(x["nll"], rel=2e-4)
             assert y["kl"] == pytest.approx(x["kl"], rel=2e-3, abs=1e-6)
     assert got[448, "artefact"]["kl"] > 1e-3
+
+
+def test_sampled_heads_decode_the_answers(tmp_path: Path, attnspan_eval: Callable[..., dict[str, Any]]) -> None:
+    """Prompts are exact with every plan: sampling shows in answers, and the oracle that draws everything is the dense model."""
+    plans = {
+        "all": HeadRule("dense"),
+        "exact": HeadRule("lsh", lsh=LshParams("exact", 64)),
+        "few": HeadRule("lsh", lsh=LshParams("sketch", 64, fraction=0.002)),
+        "fewer": HeadRule("lsh", lsh=LshParams("sketch", 64, fraction=0.001)),
+    }
+    for name, rule in plans.items():
+        export_rules(tmp_path / name, [[rule] * 2] * 2, n_max=2560, out=tmp_path / name / name)
+    folders = [tmp_path / name / name for name in plans]
+    items = ("--tasks", "passkey", "--lengths", "2304", "--depths", "1", "--n", "1", "--threads", "1")
+    results = attnspan_eval(*folders, *items)
+    got = {x["method"]: x for x in results["totals"]}
+    assert got["exact"]["kl"] < 1e-6
+    assert got["few"]["kl"] > 1e-4
+    assert got["fewer"]["kl"] != got["few"]["kl"]
+    described = [json.dumps(what) for what in results["settings"]["methods"].values()]
+    assert len(set(described)) == len(plans)
+    with pytest.raises(UserError, match=r"sampled heads.*attnspan export MODEL OUT --plan .*attnspan eval DENSE OUT"):
+        attnspan_eval(tmp_path / "few" / "model", "--plan", folders[2], *items)
 
 
 @pytest.mark.parametrize(
