@@ -166,8 +166,9 @@ def _result(
     tpot = [statistics.median(run["token_seconds"]) for run in runs]
     median_tpot = statistics.median(tpot)
     middle = args.prompt_tokens + args.new_tokens // 2
-    kv_read = args.batch * artefact.kv_bytes_in_force(middle)
-    moved = _weight_bytes(artefact) + kv_read
+    # What sampled heads read depends on what they draw.
+    kv_read = None if artefact.may_sample(middle) else args.batch * artefact.kv_bytes_in_force(middle)
+    moved = None if kv_read is None else _weight_bytes(artefact) + kv_read
     return {
         "artefact": str(artefact.folder),
         "op_library": runs[0]["library"],
@@ -181,9 +182,10 @@ def _result(
         "tokens_per_second": args.batch / median_tpot,
         "kv_bytes": artefact.kv_bytes(args.batch),
         "dense_kv_bytes": artefact.dense_kv_bytes(args.batch),
+        "index_bytes": artefact.state_bytes(args.batch),
         "kv_bytes_read_per_step": kv_read,
         "bytes_read_per_step": moved,
-        "bandwidth_share": moved / median_tpot / (gbs * 1e9),
+        "bandwidth_share": None if moved is None else moved / median_tpot / (gbs * 1e9),
         "peak_rss_bytes": max(run["peak_rss_bytes"] for run in runs),
     }
 
@@ -206,6 +208,7 @@ def _table(results: list[dict[str, Any]], gbs: float, threads: int) -> str:
         "against first",
         "KV MB",
         "dense KV MB",
+        "index MB",
         "peak RSS MB",
         "bandwidth",
     ]
@@ -218,8 +221,9 @@ def _table(results: list[dict[str, Any]], gbs: float, threads: int) -> str:
             f"{results[0]['tpot_seconds'] / result['tpot_seconds']:.2f}x",
             f"{result['kv_bytes'] / 1e6:.1f}",
             f"{result['dense_kv_bytes'] / 1e6:.1f}",
+            f"{result['index_bytes'] / 1e6:.1f}",
             f"{result['peak_rss_bytes'] / 1e6:.0f}",
-            f"{result['bandwidth_share']:.0%}",
+            "-" if result["bandwidth_share"] is None else f"{result['bandwidth_share']:.0%}",
         ]
         for result in results
     ]
@@ -230,6 +234,6 @@ def _table(results: list[dict[str, Any]], gbs: float, threads: int) -> str:
     ]
     note = (
         f"medians; bandwidth: share that reading the weights and the KV in force once a step has of "
-        f"{gbs:.1f} GB/s, measured with {threads} threads"
+        f"{gbs:.1f} GB/s, measured with {threads} threads; -: sampled heads, which read what they draw"
     )
     return "\n".join([*lines, note])

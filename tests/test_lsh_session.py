@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from sampled_artefacts import ATOL, LIBRARIES, N_MAX, export_kinds, needs_library, opened, sample_always, steps, tokens
 
+from attnspan.export.cli import main
 from attnspan.planner.errors import UserError
 from attnspan.runtime.generate import IDLE
 
@@ -141,6 +143,19 @@ def test_bytes_of_states(kinds: Kinds) -> None:
     for array in session._caches.past:
         assert array.ctypes.data % 64 == 0
         assert array.strides[0] % 64 == 0
+
+
+@needs_library
+def test_bench_generate_does_not_guess_what_was_drawn(kinds: Kinds, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bench.json"
+    figures = ["--new-tokens", "4", "--repeat", "1", "--threads", "1", "--json", str(file)]
+    for tokens_, known in ((40, True), (600, False)):
+        assert main(["bench", "generate", str(kinds["sketch"]), "--prompt-tokens", str(tokens_), *figures]) == 0
+        result = json.loads(file.read_text())["results"][0]
+        assert result["index_bytes"] == opened(kinds["sketch"]).state_bytes > 0
+        for name in ("kv_bytes_read_per_step", "bytes_read_per_step", "bandwidth_share"):
+            assert (result[name] is not None) == known
+        assert capfd.readouterr().out.splitlines()[1].endswith("  -") != known
 
 
 def test_indexes_that_do_not_fit_are_refused(kinds: Kinds, monkeypatch: pytest.MonkeyPatch) -> None:
