@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnspan.planner.errors import UserError
+from attnspan.planner.files import check_output
 from attnspan.planner.rules import check_int
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ def run_capture(args: argparse.Namespace) -> int:
     check_int("queries", args.queries, 1, args.tokens, "; change --queries")
     if args.threads is not None:
         check_int("threads", args.threads, 1, 4096, "; change --threads")
-    if args.output.is_dir() or not args.output.absolute().parent.is_dir():
-        raise UserError(f"cannot write {args.output}: must be the path of a file in a folder that exists; change -o")
+    check_output(args.output, "-o")
     text, source = _text(args)
 
     import torch

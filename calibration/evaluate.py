@@ -126,8 +126,9 @@ def evaluate(
         for cell in cells:
             item = build_item(task_named(cell.task), coder, source, cell.length, cell.depth or 0.0, seed, cell.index, plain)
             row = log.find(cell, item)
-            if row is None or not set(scorers) <= set(row["scores"]):
-                row = _row(cell, item, scorers, {} if row is None else row["scores"], bar)
+            known = {} if row is None else row["scores"]
+            if row is None or _missing(scorers, known):
+                row = _row(cell, item, scorers, known, bar)
                 log.add(row)
             else:
                 bar.update(len(scorers))
@@ -142,13 +143,18 @@ def evaluate(
     return Results(settings, [row | {"scores": {name: row["scores"][name] for name in scorers}} for row in rows])
 
 
+def _missing(scorers: Mapping[str, Scorer], known: Mapping[str, Any]) -> set[str]:
+    """Methods to be scored: those that never were, or not against the dense one."""
+    return {name for name in scorers if name not in known or (DENSE in scorers and known[name]["kl"] is None)}
+
+
 def _row(cell: Cell, item: Item, scorers: Mapping[str, Scorer], known: Mapping[str, Any], bar: tqdm[Any]) -> dict[str, Any]:
     """The scores of an item; known: those there are already."""
-    scores = dict(known)
+    scores, missing = dict(known), _missing(scorers, known)
     dense = None
     # The dense model first: the others are compared with it.
     for name in sorted(scorers, key=lambda name: name != DENSE):
-        if name not in scores or name == DENSE:
+        if name in missing or name == DENSE:
             logits = answer_logits(scorers[name].logits(item.tokens, item.first), item)
             dense = logits if name == DENSE else dense
             scores[name] = score(logits, item, dense, name).to_dict()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from attnspan.planner.errors import UserError
 from attnspan.planner.shape import ModelShape
 from attnspan.runtime.tokenizer import Tokenizer
 
+WEIGHTS = ("*.safetensors", "*.bin")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -95,6 +98,14 @@ def model_limit(path: str | Path) -> int | None:
     """The longest text a model was made for, in tokens, None when its config does not tell."""
     limit = getattr(_config(Path(path)).get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def weights_id(path: str | Path) -> str:
+    """What tells the weights of a checkpoint from others without reading them: a hash of names, bytes and times of its files."""
+    source = Path(path)
+    files = [source] if source.is_file() else sorted(file for suffix in WEIGHTS for file in source.glob(suffix))
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def load_tokenizer(path: str | Path, scratch: Path) -> Tokenizer:

@@ -95,6 +95,8 @@ class TextSource:
         chosen = sentences[first:last]
         part = self._tail(sentences[first - 1], tokens - int(ends[last] - ends[first])) if first else ""
         chosen = [part, *chosen] if part else chosen
+        if not chosen:
+            raise UserError(f"{tokens} tokens are left for the text: no words of it are so short; change --lengths")
         return [chosen[0].lstrip(), *chosen[1:]]
 
     def _tail(self, sentence: str, tokens: int) -> str:

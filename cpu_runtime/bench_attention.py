@@ -63,8 +63,9 @@ def _run(args: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from attnspan.cpu_runtime import bench_contenders as contenders
     from attnspan.cpu_runtime.bandwidth import ReadPass
-    from attnspan.planner.files import write_whole
+    from attnspan.planner.files import check_output, write_whole
 
+    check_output(args.json, "--json")
     phases = _choices(args.phase, ("decode", "prefill"), "--phase")
     names = _choices(args.baselines, contenders.BASELINES, "--baselines")
     contexts = _list(args.context, int, "--context", "token counts")

@@ -115,15 +115,15 @@ def _trace(args: argparse.Namespace, artefact: Artefact, prompts: list[list[int]
 
 
 def _check(args: argparse.Namespace) -> None:
+    from attnspan.planner.files import check_output
     from attnspan.planner.rules import check_int
 
     for name, low in (("prompt_tokens", 1), ("new_tokens", 2), ("repeat", 1), ("batch", 1)):
         check_int(name, getattr(args, name), low, 2**30, f"; change --{name.replace('_', '-')}")
     if args.threads is not None:
         check_int("threads", args.threads, 1, 4096, "; change --threads")
-    for option, file in (("--json", args.json), ("--trace", args.trace)):
-        if file is not None and not file.resolve().parent.is_dir():
-            raise UserError(f"the folder of {file} does not exist; change {option}")
+    check_output(args.json, "--json")
+    check_output(args.trace, "--trace")
     if args.overlap and (args.trace is None or args.device != "cpu" or args.no_library):
         raise UserError("--overlap is for --trace, on device cpu and with the op library: add --trace FILE, or drop --overlap")
     if args.trace is None:

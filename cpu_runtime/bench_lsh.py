@@ -80,13 +80,12 @@ def _run(args: argparse.Namespace) -> int:
     from attnspan.cpu_runtime.bandwidth import ReadPass
     from attnspan.cpu_runtime.bench_lsh_report import draw, show
     from attnspan.cpu_runtime.bench_lsh_rounds import measure
-    from attnspan.planner.files import write_whole
+    from attnspan.planner.files import check_output, write_whole
 
     cases = _cases(args)
     threads = _threads(args.threads)
-    for path in (args.json, args.plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"cannot write {path}: no such folder; must be in a writable folder")
+    check_output(args.json, "--json")
+    check_output(args.plot, "--plot")
     results: list[dict[str, Any]] = []
     bandwidth: list[float] = []
     passes = {count: ReadPass(count) for count in threads}
@@ -138,7 +137,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         raise UserError(f"--dtype is '{args.dtype}'; allowed are {', '.join(DTYPES)}")
     sources = _some([name for name in args.keys.split(",") if name], "--keys")
     files = {name: None for name in sources if name in ("random", "clustered")}
-    layers = None if args.layers is None else _list(args.layers, int, "--layers", "layers")
+    layers = None if args.layers is None else _some(_list(args.layers, int, "--layers", "layers"), "--layers")
     if layers is not None and len(files) == len(sources):
         raise UserError("--layers is for a captured file: give one with --keys")
     captures = files | {name: Capture.load(Path(name), layers) for name in sources if name not in files}

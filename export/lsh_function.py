@@ -1,6 +1,6 @@
 """LshAttention in standard ONNX: the model-local function that runs where the op library is not loaded.
 
-It does not sample: attention is exact over the whole context, and the state stays as it was.
+It does not sample: attention is exact over the whole context, and the state stays as it was, or is emptied where a row starts.
 """
 
 from __future__ import annotations
@@ -97,5 +97,7 @@ def LshAttention(  # type: ignore[no-untyped-def]  # noqa: N802 - the op's name
     joined = op.Reshape(op.Transpose(mixed, perm=[0, 3, 1, 2, 4]), op.Concat(axis_0, axis_0, rest, axis=0))
     output = op.CastLike(joined, query)
     lse = op.Reshape(op.ReduceLogSumExp(score, rest, keepdims=0), op.Concat(axis_0, rest, tokens, axis=0))
-    present_state = op.Identity(past_state)
+    # Nothing is indexed here; but of a row that starts, what an earlier one left must not stay.
+    fresh = op.Unsqueeze(op.Equal(length, 0), axis_1)
+    present_state = op.Where(fresh, op.CastLike(zero, past_state), past_state)
     return output, present_kv, present_state, lse

@@ -187,7 +187,9 @@ def write(plan: Plan, output: Path) -> int:
         kept, dense = allocated_bytes(plan, "bf16"), each * dense_slots(plan, plan.n_max)
         print(f"KV cache of one sequence (bf16): {format_bytes(kept)}, dense {format_bytes(dense)}")
     for index in index_table(plan):
-        print(f"index {index['index']}: {index['kv_heads']} KV heads, {index['bytes_per_token']:g} B a token and KV head")
+        size = index["bytes_per_token"]
+        shown = "bytes unknown without --head-dim" if size is None else f"{size:g} B a token and KV head"
+        print(f"index {index['index']}: {index['kv_heads']} KV heads, {shown}")
     if state_bytes(plan):
         print(f"indexes of one sequence: {format_bytes(state_bytes(plan))}")
     return 0

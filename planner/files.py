@@ -20,6 +20,16 @@ def write_whole(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def check_output(path: Path | None, option: str) -> None:
+    """UserError when no file can be written there; asked before the long work whose result it is to hold (None: none)."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; must be the path of a file; change {option}")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"cannot write {path}: no such folder; must be in a folder that exists; change {option}")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that will be whole or absent: temporary name beside it, renamed at the end, removed on an error.

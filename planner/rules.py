@@ -88,6 +88,10 @@ class LshParams:
         object.__setattr__(self, "min_inclusion", least)
         object.__setattr__(self, "guard", check_number("lsh guard", self.guard, 0.0, 1.0, "; change --guard"))
         self._check_sketch()
+        if self.index == "exact":
+            for name in ("min_inclusion", "guard"):
+                if getattr(self, name) > 0:
+                    raise self._not_taken(name)
         wanted: dict[str, tuple[int, int]] = {}
         if self.index == "tables":
             tables = check_int("lsh tables", self.tables, 1, 1024, "; change --tables")

@@ -82,7 +82,7 @@ def generate(
     Rows beyond the prompts stay as they are. A token left pending by an earlier call goes in front of the
     new prompt. max_new_tokens None: DEFAULT_NEW_TOKENS, or fewer where n_max ends. UserError, before
     anything is computed, when a prompt is empty or does not fit with max_new_tokens. After an exception or
-    Ctrl-C the rows hold what was computed; reset them to start again.
+    Ctrl-C the rows hold what was computed, a row amid its prompt perhaps nothing; reset them to start again.
     """
     state = backend.state
     if not prompts or len(prompts) > state.batch:

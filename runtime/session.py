@@ -89,7 +89,7 @@ class RowSession(ABC):
 
         All chunks use the spans of the length that the row has afterwards. on_progress is called as (row,
         tokens done, tokens in all) before the first chunk and after each. UserError: no tokens, ids outside
-        the vocabulary, more than n_max.
+        the vocabulary, more than n_max. An exception or Ctrl-C while a chunk is computed leaves the row empty.
         """
         row = self.state.check_row(row)
         ids = self._check_tokens(tokens)
@@ -104,8 +104,13 @@ class RowSession(ABC):
             on_progress(row, 0, total)
         for start, end in self._chunks(int(self.state.lengths[row]), total):
             wanted = logits[max(start - unkept, 0) : end - unkept] if end > unkept else None
-            self._compute_chunk(row, ids[start:end], span, wanted)
-            self.state.advance(row, ids[start:end].tolist())
+            try:
+                self._compute_chunk(row, ids[start:end], span, wanted)
+                self.state.advance(row, ids[start:end].tolist())
+            except BaseException:
+                # Rings and indexes may be ahead of the length by now, and cannot go back.
+                self.state.reset([row])
+                raise
             if on_progress is not None:
                 on_progress(row, end, total)
         return logits

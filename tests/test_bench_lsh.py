@@ -213,8 +213,11 @@ def test_libraries_without_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--rounds", "0"], "rounds is 0"),
         (["--append", "-1"], "tokens to append is -1"),
         (["--keys", "none.npz"], "cannot read none.npz"),
+        (["--layers", ","], "--layers is empty"),
         (["--layers", "0"], "--layers is for a captured file"),
         (["--json", "no/such/folder/x.json"], "no such folder"),
+        (["--json", "."], "it is a folder"),
+        (["--plot", "."], "it is a folder"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,10 +15,11 @@ from fake_coder import FakeCoder
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
-from tiny_models import export_rules, export_tiny
+from tiny_models import export_rules, export_tiny, save_tiny_model
 
 from attnspan.calibration import evaluate as module
-from attnspan.calibration.eval_command import _Uniform, register_eval
+from attnspan.calibration.eval_command import register_eval
+from attnspan.calibration.eval_methods import _Uniform
 from attnspan.calibration.evaluate import DENSE, LOG, cells_of, depths_of, evaluate
 from attnspan.calibration.figures import draw
 from attnspan.calibration.items import Item
@@ -26,6 +27,7 @@ from attnspan.calibration.scores import ROWS, answer_logits, score, summarise, w
 from attnspan.calibration.tables import table
 from attnspan.calibration.texts import EVALUATION, TextSource
 from attnspan.export.cli import Parser
+from attnspan.export.pipeline import Options, export_model
 from attnspan.planner.errors import UserError
 from attnspan.planner.plan import Plan
 from attnspan.planner.rules import HeadRule, LshParams
@@ -203,6 +205,18 @@ def test_interrupted_runs_lose_one_item(tmp_path: Path) -> None:
     assert set(again.rows[0]["scores"]) == {DENSE}
 
 
+def test_dense_may_be_added(tmp_path: Path) -> None:
+    """What was scored alone is scored again, to be compared."""
+    alone = run({"s": Copier(150)}, tmp_path, lengths=[300])
+    assert {row["scores"]["s"]["kl"] for row in alone.rows} == {None}
+    more = Copier(150)
+    both = run({DENSE: Copier(), "s": more}, tmp_path, lengths=[300])
+    assert more.calls == 10
+    assert both.groups("task")[1]["kl"] > 0
+    run({DENSE: (dense := Copier()), "s": more}, tmp_path, lengths=[300])
+    assert (dense.calls, more.calls) == (0, 10)
+
+
 def test_methods_and_items_may_be_added(tmp_path: Path) -> None:
     run({DENSE: Copier()}, tmp_path, lengths=[300], n=1, describe={DENSE: 1})
     dense, more = Copier(), Copier(150)
@@ -342,8 +356,42 @@ def test_sampled_heads_decode_the_answers(tmp_path: Path, attnspan_eval: Callabl
     assert got["fewer"]["kl"] != got["few"]["kl"]
     described = [json.dumps(what) for what in results["settings"]["methods"].values()]
     assert len(set(described)) == len(plans)
+    (tmp_path / "few" / "few").rename(tmp_path / "dense")
+    results = attnspan_eval(tmp_path / "dense", folders[0], *items)
+    assert {x["method"]: x["kl"] > 0 for x in results["totals"]} == {"dense": False, "dense'": True}
     with pytest.raises(UserError, match=r"sampled heads.*attnspan export MODEL OUT --plan .*attnspan eval DENSE OUT"):
-        attnspan_eval(tmp_path / "few" / "model", "--plan", folders[2], *items)
+        attnspan_eval(tmp_path / "few" / "model", "--plan", tmp_path / "dense", *items)
+
+
+def test_scores_of_other_weights_are_not_taken(tmp_path: Path, attnspan_eval: Callable[..., dict[str, Any]]) -> None:
+    """Neither of an artefact that was exported again, nor of a checkpoint that was trained on."""
+    model = save_tiny_model(tmp_path / "model")
+    out = tmp_path / "artefact"
+    quick = ("--tasks", "passkey", "--lengths", "320", "--depths", "1", "--n", "1", "--threads", "1")
+    for weights in ("int8", "int4"):
+        export_model(Options(model=str(model), out=out, density=0.5, n_max=512, weights=weights, overwrite=True))
+        if weights == "int8":
+            attnspan_eval(out, *quick)
+        else:
+            with pytest.raises(UserError, match="holds scores of another artefact; use another -o"):
+                attnspan_eval(out, *quick)
+    for path in (tmp_path / "out").iterdir():
+        path.unlink()
+    attnspan_eval(model, "--baselines", "dense", *quick)
+    save_tiny_model(model, seed=1)
+    with pytest.raises(UserError, match="holds scores of another dense; use another -o"):
+        attnspan_eval(model, "--baselines", "dense", *quick)
+
+
+def test_artefacts_of_two_models(exported: Path, tmp_path: Path, attnspan_eval: Callable[..., dict[str, Any]]) -> None:
+    for change, what in (({"vocab_size": 320}, "configuration"), ({}, "tokenizer")):
+        other = save_tiny_model(tmp_path / what, **change)
+        if what == "tokenizer":
+            file = other / "tokenizer.json"
+            file.write_text(file.read_text().replace("<s>", "<t>"))
+        done = export_model(Options(model=str(other), out=tmp_path / f"{what}-artefact", density=0.5, n_max=512))
+        with pytest.raises(UserError, match=f"have another {what}: must be artefacts of one model"):
+            attnspan_eval(exported / "artefact", done.folder, "--lengths", "320")
 
 
 @pytest.mark.parametrize(
@@ -362,6 +410,9 @@ def test_sampled_heads_decode_the_answers(tmp_path: Path, attnspan_eval: Callabl
         (["{model}", "--depths", "0"], "--depths"),
         (["{artefact}", "{model}"], "give artefacts only"),
         (["{artefact}", "--plan", "{plan}"], "--plan is for checkpoints"),
+        (["{artefact}", "--dtype", "fp32"], "--dtype is for checkpoints"),
+        (["{artefact}", "--device", "cuda"], "--device is for checkpoints"),
+        (["{model}", "--lengths", "64", "--tasks", "passkey"], "change --lengths"),
         (["{artefact}", "--lengths", "1024"], "length 1024 is beyond the 512 tokens"),
     ],
 )

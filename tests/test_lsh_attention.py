@@ -16,6 +16,8 @@ from attnspan.planner import lsh
 from attnspan.planner.rules import LshParams
 
 ISAS = lsh_op.isas()
+MEANS = 19
+"""Where the header of a state holds the number of means, in words of 32 bits."""
 W128 = np.random.default_rng(3).standard_normal((16, 128), np.float32)
 # Output and log-sum-exp. A wrongly drawn key or weight moves both by far more; in fp32 log u is interpolated.
 TOLERANCE = {np.dtype(np.float32): 1e-3, np.dtype(np.float16): 4e-3, bfloat16: 2e-2}
@@ -243,6 +245,34 @@ def test_signatures_and_sketches_rewind(index: str) -> None:
     case.reference[0].rewind(0)
     case.reference[0] = type(case.reference[0])(case.hashing, 4, 2, 16, 1600, sink=4, window=16)
     grow(case, [350, 1])
+
+
+@pytest.mark.parametrize("index", ["sketch", "tables", "signature64"])
+@pytest.mark.parametrize("count", [400, 900])
+def test_a_row_that_starts_again_knows_nothing_of_the_one_before(index: str, count: int) -> None:
+    """Of tables: what the first row sorted is left in the buffer, while nothing of the second is sorted yet."""
+    case = Case(hashing(index), capacity=4096)
+    grow(case, [3000, 1])
+    case.reference[0] = type(case.reference[0])(case.hashing, 4, 2, 16, 4096, sink=4, window=16)
+    grow(case, [count, 1, 1])
+
+
+def test_means_of_a_row_that_goes_back_and_forth() -> None:
+    """They begin as the row doubles, not as keys come in: five times as many keys as tokens come here."""
+    case = Case(hashing("sketch"), capacity=2200)
+    case.step(case.tokens(500), compared=False)
+    for length in range(500, 2000, 50):
+        case.reference[0].rewind(length)
+        case.step(case.tokens(250), compared=False)
+    found = case.past["past_state"][0].view(np.uint32)[MEANS]
+    assert found == 3  # from 500, 1000 and 2000 tokens on
+
+
+@pytest.mark.parametrize(("name", "value"), [("window", 16.0), ("window", "16"), ("guard", 1), ("softcap", "3")])
+def test_attributes_of_another_type_are_refused(name: str, value: Any) -> None:
+    kind = "an integer" if name == "window" else "a float"
+    with pytest.raises(Exception, match=f"LshAttention: attribute {name} must be {kind}"):
+        lsh_op.session(4, 2, hashing("sketch"), **{name: value})
 
 
 @pytest.mark.parametrize("back", [[3], [600] * 8])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,6 +84,49 @@ def test_rows_do_not_see_each_other(name: str, how: str, kinds: Kinds) -> None:
     for row, more in ((0, tokens(90, 5)), (2, tokens(500, 6))):
         np.testing.assert_allclose(together.prefill(row, more), alone[row].prefill(0, more), atol=ATOL)
         np.testing.assert_allclose(steps(together, row, 3), steps(alone[row], 0, 3), atol=ATOL)
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["span", "sketch", "tables"])
+def test_a_prompt_that_is_interrupted_leaves_its_row_empty(name: str, kinds: Kinds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches are ahead of the length when Ctrl-C is heard behind a chunk: the row must not go on, the others must."""
+    session, whole = (opened(kinds[name], "library", batch=2, chunk=128) for _ in range(2))
+    for each in (session, whole):
+        each.prefill(1, tokens(300, 2))
+    session.prefill(0, tokens(800, 1))
+    compute = session._compute_chunk
+
+    def interrupted(*arguments: Any) -> None:
+        compute(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "_compute_chunk", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.prefill(0, tokens(200, 3))
+    monkeypatch.undo()
+    assert session.lengths.tolist() == [0, 300]
+    for each in (session, whole):
+        each.prefill(0, tokens(500, 4))
+    for row in (1, 0):
+        np.testing.assert_array_equal(steps(session, row, 5), steps(whole, row, 5))
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["sketch", "signature", "tables"])
+def test_a_row_that_starts_without_the_library_forgets_the_index(name: str, sampling: Kinds, tmp_path: Path) -> None:
+    """The functions do not index, but what they pass on is trusted by the library."""
+    fast, slow, fresh = opened(sampling[name], "library"), opened(sampling[name]), opened(sampling[name])
+    fast.prefill(0, tokens(800, 1))
+    fast.save(tmp_path / "row")
+    slow.load(tmp_path / "row")
+    slow.reset()
+    found = []
+    for session in (slow, fresh):
+        session.prefill(0, tokens(900, 2))
+        session.save(tmp_path / "row")
+        fast.load(tmp_path / "row")
+        found.append(steps(fast, 0, 5))
+    np.testing.assert_array_equal(*found)
 
 
 @needs_library

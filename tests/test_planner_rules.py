@@ -93,6 +93,8 @@ def test_rule_refuses(values: dict[str, object], words: str) -> None:
         ({"index": "tree", "window": 64}, "sketch, signature, tables, exact"),
         ({"index": "exact", "window": 0}, "window is 0"),
         ({"index": "exact", "window": 64, "bits": 10}, "does not take it"),
+        ({"index": "exact", "window": 64, "guard": 0.5}, "guard is 0.5: index 'exact' does not take it; remove --guard"),
+        ({"index": "exact", "window": 64, "min_inclusion": 0.1}, "index 'exact' does not take it; remove --min-inclusion"),
         ({"index": "tables", "window": 64, "bits": 10, "tables": 150}, "min_collisions is None"),
         ({"index": "tables", "window": 64, "bits": 10, "tables": 4, "min_collisions": 5}, "from 1 to 4"),
         ({"index": "tables", "window": 64, "bits": 10, "tables": 9, "min_collisions": 5}, "to 4; change --min-collisions"),

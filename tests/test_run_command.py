@@ -170,6 +170,7 @@ def test_bench_generate(artefact: str, tmp_path: Path, capfd: pytest.CaptureFixt
         (["--new-tokens", "1"], "--new-tokens"),
         (["--repeat", "0"], "--repeat"),
         (["--json", "/nowhere/x.json"], "--json"),
+        (["--json", "."], "it is a folder; must be the path of a file; change --json"),
     ],
 )
 def test_bench_refuses(artefact: str, arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,8 @@ class HashKernel : NodeKernel {
     Ort::ConstKernelInfo info(raw);
     config_.heads = config_.kv_heads = info.GetAttribute<int64_t>("num_heads");
     auto& index = config_.index;
-    index.signature_bits = optional(info, "signature_bits", int64_t(0));
-    index.bits = optional(info, "bits", int64_t(0)), index.tables = optional(info, "tables", int64_t(0));
+    index.signature_bits = attribute_or(info, "signature_bits", int64_t(0));
+    index.bits = attribute_or(info, "bits", int64_t(0)), index.tables = attribute_or(info, "tables", int64_t(0));
     index.min_collisions = 1;
     index.kind = index.signature_bits != 0 ? attnspan::IndexKind::signature : attnspan::IndexKind::tables;
     if (index.signature_bits != 0 && (index.bits != 0 || index.tables != 0))

@@ -100,14 +100,14 @@ int64_t Index::mean_of(int64_t position, int64_t* end) const {
   return i;
 }
 
-void Index::begin_mean() {
+void Index::begin_mean(int64_t to) {
   IndexHeader& h = header();
-  const int64_t keys = h.sum_keys;
-  if (h.means == kMeans || (h.means > 0 && keys < 2 * int64_t(h.mean_keys))) return;
+  const int64_t keys = h.sum_keys, positions = to - sink_;  // fewer than the keys of a row that went back
+  if (h.means == kMeans || (h.means > 0 && positions < 2 * int64_t(h.mean_keys))) return;
   for (int64_t i = 0; i < layout_.kv_heads; ++i)
     for (int64_t d = 0; d < layout_.dim; ++d) mean(h.means, i)[d] = float(sum(i)[d] / double(keys));
   h.mean_start[h.means++] = h.indexed;
-  h.mean_keys = h.sum_keys;
+  h.mean_keys = uint32_t(positions);
 }
 
 void Index::put(int64_t h, int64_t first, int64_t count, const uint64_t* bits) const {

@@ -48,7 +48,7 @@ struct IndexHeader {
   uint32_t indexed;     // positions below are in the index
   uint32_t means;       // means in use
   uint32_t sum_keys;    // keys in the sums
-  uint32_t mean_keys;   // of them when the last mean was taken
+  uint32_t mean_keys;   // positions that were indexed when the last mean was taken, at most
   uint32_t next_merge;  // where the small merges of decoding go on
   uint32_t mean_start[kMeans];
 };
@@ -91,8 +91,8 @@ class Index {
   }
   uint16_t* ids(int64_t h, int64_t s) const { return reinterpret_cast<uint16_t*>(head(h) + layout_.ids) + s * kSegment * config_.tables; }
 
-  // Decides which mean the keys from `indexed` on are hashed with, when the sums already hold them.
-  void begin_mean();
+  // Decides which mean the keys at [indexed, to) are hashed with, when the sums already hold them.
+  void begin_mean(int64_t to);
   // Writes the bits (of sketches: the codes and the factor) of the keys at [first, first + count), [count, row_words].
   void put(int64_t h, int64_t first, int64_t count, const uint64_t* bits) const;
   // Codes that table l of a segment holds unsorted, of `coded` in the segment.

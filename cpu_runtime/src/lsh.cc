@@ -49,6 +49,7 @@ bool LshCall::decode() {
   const bool tabled = config.index.kind == IndexKind::tables;
   const int64_t dense_below = config.dense_below < 0 ? kDenseBelow[tabled] : config.dense_below;
   bool any = false;
+  const int64_t near_chunk = kept_chunk(all_kept);
   int64_t scanned = 0;
   for (const Index& row : index) scanned += row.indexed() * config.kv_heads;
   const int64_t scan = tabled ? kSegment : std::clamp(scanned / kManyScans / kShortScan * kShortScan, kShortScan, kLongScan);
@@ -68,7 +69,7 @@ bool LshCall::decode() {
       split(config.sink, last, kExactTokens, kFar);
     }
     first_task.push_back(int64_t(task.size()));
-    split(0, near[i].tokens(), kept_chunk(all_kept), kNear);
+    split(0, near[i].tokens(), near_chunk, kNear);
   }
   first_task.push_back(int64_t(task.size()));
 

@@ -15,28 +15,28 @@ class LshKernel : NodeKernel {
     Ort::ConstKernelInfo info(raw);
     config_.heads = info.GetAttribute<int64_t>("num_heads");
     config_.kv_heads = info.GetAttribute<int64_t>("kv_num_heads");
-    config_.sink = optional(info, "sink", int64_t(64));
-    config_.window = optional(info, "window", int64_t(64));
-    config_.scale = optional(info, "scale", 0.f);
-    config_.softcap = optional(info, "softcap", 0.f);
-    config_.dense_below = optional(info, "dense_below", int64_t(-1));
-    config_.min_inclusion = optional(info, "min_inclusion", 0.f);
-    config_.guard = optional(info, "guard", 0.f);
-    config_.index.layer = optional(info, "layer", int64_t(0));
-    config_.index.identity = optional(info, "identity", int64_t(0));
+    config_.sink = attribute_or(info, "sink", int64_t(64));
+    config_.window = attribute_or(info, "window", int64_t(64));
+    config_.scale = attribute_or(info, "scale", 0.f);
+    config_.softcap = attribute_or(info, "softcap", 0.f);
+    config_.dense_below = attribute_or(info, "dense_below", int64_t(-1));
+    config_.min_inclusion = attribute_or(info, "min_inclusion", 0.f);
+    config_.guard = attribute_or(info, "guard", 0.f);
+    config_.index.layer = attribute_or(info, "layer", int64_t(0));
+    config_.index.identity = attribute_or(info, "identity", int64_t(0));
     const auto kind = info.GetAttribute<std::string>("index");
     if (kind == "tables") {
       config_.index.kind = attnspan::IndexKind::tables;
       config_.index.bits = info.GetAttribute<int64_t>("bits");
       config_.index.tables = info.GetAttribute<int64_t>("tables");
-      config_.index.min_collisions = optional(info, "min_collisions", int64_t(2));
+      config_.index.min_collisions = attribute_or(info, "min_collisions", int64_t(2));
     } else if (kind == "signature") {
       config_.index.kind = attnspan::IndexKind::signature;
       config_.index.signature_bits = info.GetAttribute<int64_t>("signature_bits");
       config_.max_hamming = info.GetAttributes<int64_t>("max_hamming");
     } else if (kind == "sketch") {
       config_.index.kind = attnspan::IndexKind::sketch;
-      config_.fraction = optional(info, "fraction", 0.02f);
+      config_.fraction = attribute_or(info, "fraction", 0.02f);
     } else if (kind != "exact") {
       fail("index is '" + kind + "'; allowed are sketch, signature, tables and exact");
     }

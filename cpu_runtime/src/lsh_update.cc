@@ -21,7 +21,7 @@ void LshCall::update(int64_t b, int64_t to) {
   const Timed timed(kUpdate);
   add_keys(b, from, to);
   row.header().sum_keys += uint32_t(to - from);
-  row.begin_mean();
+  row.begin_mean(to);
   const int64_t dim = call.head_dim, words = config.index.row_words();
   // Tasks end at multiples of their size, so that no two write to one block of signatures, and none crosses a segment.
   const int64_t first = from / kHashTokens, blocks = (to - 1) / kHashTokens - first + 1;

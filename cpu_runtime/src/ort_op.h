@@ -6,7 +6,9 @@
 #include <cstring>
 #include <exception>
 #include <new>
+#include <optional>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -76,12 +78,21 @@ class NodeKernel {
     throw Ort::Exception("attnspan." + std::string(op_) + ": " + what, ORT_INVALID_ARGUMENT);
   }
 
+  // The fallback when the node does not have the attribute at all.
   template <class V>
-  static V optional(const Ort::ConstKernelInfo& info, const char* name, V fallback) {
+  V attribute_or(const Ort::ConstKernelInfo& info, const char* name, V fallback) const {
+    if (const auto found = find<V>(info, name)) return *found;
+    if (find<int64_t>(info, name) || find<float>(info, name) || find<std::string>(info, name))
+      fail(std::string("attribute ") + name + " must be " + (std::is_same_v<V, float> ? "a float" : "an integer"));
+    return fallback;
+  }
+
+  template <class V>
+  static std::optional<V> find(const Ort::ConstKernelInfo& info, const char* name) {
     try {
       return info.GetAttribute<V>(name);
     } catch (const Ort::Exception&) {
-      return fallback;
+      return std::nullopt;
     }
   }
 

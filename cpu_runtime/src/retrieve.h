@@ -141,7 +141,7 @@ bool walk_any(const attnspan::WalkTask& task) {
   for (int64_t l = 0; l < kStartAhead && l < task.tables; ++l) __builtin_prefetch(start(l));
   for (int64_t l = 0; l < task.tables; ++l) {
     if (l + kStartAhead < task.tables) __builtin_prefetch(start(l + kStartAhead));
-    if (l + kIdsAhead < task.tables) {
+    if (l + kIdsAhead < task.tables && task.sorted[l + kIdsAhead] > 0) {
       const uint16_t* next = task.ids + (l + kIdsAhead) * task.stride;
       const int64_t end = end_of(l + kIdsAhead);
       for (int64_t i = start(l + kIdsAhead)[0]; i < end; i += 32) __builtin_prefetch(next + i);
@@ -150,12 +150,16 @@ bool walk_any(const attnspan::WalkTask& task) {
       count_listed();
       for (int64_t i = 0; i < padded; ++i) task.count[i] = task.count[i] < kEnough ? task.count[i] : kEnough;
     }
-    const int64_t begin = start(l)[0], end = end_of(l), sorted = task.sorted[l], size = end - begin;
-    if (end > sorted || sorted > task.tokens) return false;
     const uint16_t* ids = task.ids + l * task.stride;
-    if (listed + size > attnspan::kSegment) count_listed();
-    std::memcpy(task.list + listed, ids + begin, size_t(size) * 2);
-    listed += size;
+    const int64_t sorted = task.sorted[l];
+    if (sorted > task.tokens) return false;
+    if (sorted > 0) {  // before the first sorting bucket starts are what an earlier row left
+      const int64_t begin = start(l)[0], end = end_of(l), size = end - begin;
+      if (end > sorted) return false;
+      if (listed + size > attnspan::kSegment) count_listed();
+      std::memcpy(task.list + listed, ids + begin, size_t(size) * 2);
+      listed += size;
+    }
     if (sorted < task.tokens) count_equal(ids + sorted, task.tokens - sorted, task.code[l], task.count + sorted);
   }
   count_listed();

@@ -12,9 +12,9 @@ class SpanKernel : NodeKernel {
     config_.heads = info.GetAttribute<int64_t>("num_heads");
     config_.kv_heads = info.GetAttribute<int64_t>("kv_num_heads");
     config_.capacity = info.GetAttributes<int64_t>("capacity");
-    config_.sink = optional(info, "sink", int64_t(64));
-    config_.scale = optional(info, "scale", 0.f);
-    config_.softcap = optional(info, "softcap", 0.f);
+    config_.sink = attribute_or(info, "sink", int64_t(64));
+    config_.scale = attribute_or(info, "scale", 0.f);
+    config_.softcap = attribute_or(info, "softcap", 0.f);
     const std::string wrong = config_.check();
     if (!wrong.empty()) fail(wrong);
     slots_ = config_.offset().back();
