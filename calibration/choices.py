@@ -18,12 +18,14 @@ from attnspan.calibration.item_profile import Curve, ItemProfile, by_length
 from attnspan.calibration.items import Item
 from attnspan.calibration.sampling_profile import ItemSampling
 from attnspan.planner.choices import Choices
+from attnspan.planner.errors import UserError
 from attnspan.planner.grid import FULL, fine_grid
 from attnspan.planner.losses import LossTable, monotone, stretched
 from attnspan.planner.lsh_grid import dense_below
 from attnspan.planner.problem import Array
 from attnspan.planner.rules import HeadRule, LshParams
 from attnspan.planner.shape import ModelShape
+from attnspan.planner.unified_text import describe_lsh
 
 __all__ = ["FOLDER", "build_choices", "load_choices", "span_curves"]
 
@@ -74,7 +76,7 @@ def build_choices(
     wanted: Sequence[LshParams] | None = None,
 ) -> Choices:
     """Spans, dense and what was sampled, at the profiled lengths and n_max. curves: of `span_curves`; wanted: ways of
-    sampling, by default all that every item was measured with.
+    sampling, by default all that every item was measured with. UserError when an item lacks one of them, or items share none.
 
     At n_max spans lose what they do at the same share of the longest profiled text; samples what they lose in the longest that
     was sampled, though they err less in longer ones. Where a step is exact because the text is short, a sample loses nothing.
@@ -82,7 +84,7 @@ def build_choices(
     known = stretched(curves, n_max)
     rules = [rule for rule in spans if rule != FULL]
     table = LossTable.from_curves(monotone(known), [*rules, HeadRule("dense")])
-    candidates = [each for each in _common(sampling) if wanted is None or each in wanted]
+    candidates = _common(sampling, wanted)
     lengths, (layers, heads) = table.lengths, table.loss.shape[1:3]
     loss = np.zeros((len(lengths), layers, heads, len(candidates)))
     drawn, read = np.zeros((2, layers, heads, len(candidates)))
@@ -106,11 +108,19 @@ def build_choices(
     )
 
 
-def _common(sampling: Sequence[ItemSampling]) -> list[LshParams]:
-    """Candidates that every item was measured with."""
-    if not sampling:
-        return []
-    return [each for each in sampling[0].candidates if all(each in other.candidates for other in sampling)]
+def _common(sampling: Sequence[ItemSampling], wanted: Sequence[LshParams] | None) -> list[LshParams]:
+    """Candidates that every item was measured with, of `wanted` if it is given. UserError when they lack one of these, or when
+    items share none."""
+    measured = [each.candidates for each in sampling]
+    common = [each for each in measured[0] if all(each in other for other in measured)] if measured else []
+    lacking = [each for each in wanted or () if each not in common]
+    if lacking or (measured and not common and wanted is None):
+        what = f"no {describe_lsh(lacking[0])}, which is wanted" if lacking else "no way of sampling"
+        raise UserError(
+            f"the {len(measured)} sampled items have in common {what}: run attnspan plan DIR --target again with --index, "
+            "--fractions and --sampling-items as wanted, which measures what is missing, or change candidates"
+        )
+    return [each for each in common if wanted is None or each in wanted]
 
 
 def _measured(sampling: Sequence[ItemSampling], candidates: Sequence[LshParams]) -> dict[int, tuple[Array, Array, Array]]:

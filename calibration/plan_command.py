@@ -82,6 +82,8 @@ def run_plan(args: argparse.Namespace) -> int:
     from attnspan.calibration.folder import Calibration
     from attnspan.calibration.item_profile import ItemProfile
 
+    if args.threads is not None:
+        check_int("threads", args.threads, 1, 4096, "; change --threads")
     if args.target is not None:
         return _run_target(args)
     for name in target_plan.OPTIONS:
@@ -194,8 +196,8 @@ def _candidates(
     from attnspan.calibration.loading import load_model, read_shape
     from attnspan.calibration.validate import validate
 
-    if args.threads:
-        torch.set_num_threads(check_int("threads", args.threads, 1, 4096, "; change --threads"))
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     if read_shape(cal.model).config_hash != cal.shape.config_hash:
         raise UserError(f"{cal.model} has changed since {cal.folder} was made; calibrate again")
     model, _ = load_model(cal.model, cal.dtype, args.device)

@@ -149,15 +149,16 @@ def _layer(seen: Any, grad: Tensor, steps: Any, first: int, candidates: Sequence
 def sample_items(
     model: Any, items: Sequence[Item], candidates: Sequence[LshParams], folder: Path, seed: int = 0
 ) -> list[ItemSampling]:
-    """Measurements of all items; those in `folder` that hold the candidates are read from there, so that an interrupted run loses
-    at most one item."""
+    """Measurements of all items, these candidates and those that were there. What `folder` lacks is measured and kept beside what
+    it holds, so that an interrupted run loses at most one item."""
     folder.mkdir(parents=True, exist_ok=True)
     layers = model.config.get_text_config().num_hidden_layers
-    found = [ItemSampling.known(folder / f"{item.id}.npz", candidates) for item in items]
-    with tqdm(total=len(items) * layers, initial=sum(f is not None for f in found) * layers, unit=" layers", desc="sampling",
+    files = [folder / f"{item.id}.npz" for item in items]
+    missing = [ItemSampling.missing(file, candidates) for file in files]
+    with tqdm(total=len(items) * layers, initial=missing.count([]) * layers, unit=" layers", desc="sampling",
               disable=None) as bar:  # fmt: skip
-        for i, item in enumerate(items):
-            if found[i] is None:
-                found[i] = made = sample_item(model, item, candidates, seed, bar)
-                made.save(folder / f"{item.id}.npz")
-    return [each for each in found if each is not None]
+        for item, file, wanted in zip(items, files, missing, strict=True):
+            if wanted:
+                made = sample_item(model, item, wanted, seed, bar)
+                (ItemSampling.load(file).joined(made) if file.is_file() else made).save(file)
+    return [ItemSampling.load(file) for file in files]

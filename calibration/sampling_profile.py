@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,9 +66,12 @@ class ItemSampling:
             raise UserError(f"{path} is no sampling profile of an item ({error}); delete it and run the command again") from None
 
     @classmethod
-    def known(cls, path: Path, candidates: Sequence[LshParams]) -> ItemSampling | None:
-        """What a file holds, if it is there and has all the candidates."""
-        if not path.is_file():
-            return None
-        there = cls.load(path)
-        return there if set(candidates) <= set(there.candidates) else None
+    def missing(cls, path: Path, candidates: Sequence[LshParams]) -> list[LshParams]:
+        """Those candidates that a file does not hold, or all of them when it is not there."""
+        known = cls.load(path).candidates if path.is_file() else ()
+        return [each for each in dict.fromkeys(candidates) if each not in known]
+
+    def joined(self, more: ItemSampling) -> ItemSampling:
+        """The measurements of both, of the same item."""
+        measured: dict[str, Any] = {name: np.concatenate([getattr(self, name), getattr(more, name)], -1) for name in _MEASURED}
+        return replace(self, candidates=self.candidates + more.candidates, **measured)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,8 @@ ITEMS = 6
 OPTIONS = ("gpu_kv", "cpu_kv", "kv", "read", "ms_per_token", "other_ms", "lsh_cost_table", "kinds", "index", "fractions",
            "sampling_items")  # fmt: skip
 """Options that only a target gives a meaning."""
+LONGEST = 200
+"""Bytes of a folder's name; file systems allow some 255."""
 
 
 def register_target(parser: argparse.ArgumentParser) -> None:
@@ -64,19 +68,34 @@ def run_target(args: argparse.Namespace, cal: Calibration, n_max: int, spans: Se
     from attnspan.planner.unified import plans_by_kinds
 
     kinds = check_kinds(MODES if args.kinds is None else args.kinds.split(","))
+    indexes = INDEXES if args.index is None else tuple(args.index.split(","))
+    _check_meaning(args, kinds, indexes)
     limits = _limits(args, n_max)
     limits.check_lengths(n_max)  # before anything is measured
     candidates: tuple[LshParams, ...] = ()
     if "lsh" in kinds:
         fractions = FRACTIONS if args.fractions is None else _numbers(args.fractions, "--fractions")
-        candidates = lsh_grid(INDEXES if args.index is None else args.index.split(","), fractions)
-        candidates = _timed(candidates, limits, args)
+        candidates = _timed(lsh_grid(indexes, fractions), limits, args)
     choices = _choices(args, cal, n_max, spans, candidates)
-    plans = plans_by_kinds(choices, limits, kinds, max_rules)
+    plans = plans_by_kinds(choices, limits, None if args.kinds is None else kinds, max_rules)
     options = {k: v for k, v in vars(args).items() if isinstance(v, str | int | float) and k not in ("verb", "kind")}
     told = cal.provenance() | {"options": options}
     _write(args, cal, {name: replace(p, provenance=told | dict(p.provenance)) for name, p in plans.items()})
     return 0
+
+
+def _check_meaning(args: argparse.Namespace, kinds: Sequence[str], indexes: Sequence[str]) -> None:
+    """UserError for an option that others leave without a meaning."""
+    needs = [
+        ("lsh among --kinds", "lsh" in kinds, ("index", "fractions", "sampling_items", "lsh_cost_table")),
+        ("sketch among --index", "sketch" in indexes, ("fractions",)),
+        ("--ms-per-token", args.ms_per_token is not None, ("other_ms", "cost_table", "lsh_cost_table")),
+    ]
+    for what, there, options in needs:
+        for name in options:
+            value = getattr(args, name)
+            if value is not None and not there:
+                raise UserError(f"--{name.replace('_', '-')} is {value}, which needs {what}; add it, or drop the option")
 
 
 def _limits(args: argparse.Namespace, n_max: int) -> Limits:
@@ -87,6 +106,8 @@ def _limits(args: argparse.Namespace, n_max: int) -> Limits:
     sizes = {name: read_size(getattr(args, name), f"--{name.replace('_', '-')}") for name in ("gpu_kv", "cpu_kv", "kv")}
     read = {} if args.read is None else dict([at_length(args.read, n_max, "--read", _share, "5%@8192")])
     ms = {} if args.ms_per_token is None else dict([at_length(args.ms_per_token, n_max, "--ms-per-token", float, "60@8192")])
+    decode = None if args.cost_table is None else DecodeCost.load(args.cost_table, args.cache_dtype)
+    threads = None if decode is None else decode.threads
     return Limits(
         **sizes,
         read=read,
@@ -94,16 +115,30 @@ def _limits(args: argparse.Namespace, n_max: int) -> Limits:
         other_ms=args.other_ms or 0.0,
         target=args.target,
         cache_dtype=args.cache_dtype,
-        decode_cost=None if args.cost_table is None else DecodeCost.load(args.cost_table, args.cache_dtype),
-        lsh_cost={} if args.lsh_cost_table is None else LshCost.load(args.lsh_cost_table, args.cache_dtype),
+        decode_cost=decode,
+        lsh_cost={} if args.lsh_cost_table is None else LshCost.load(args.lsh_cost_table, args.cache_dtype, threads),
     )
 
 
 def _timed(candidates: tuple[LshParams, ...], limits: Limits, args: argparse.Namespace) -> tuple[LshParams, ...]:
-    """Those whose times are known, where time is bounded and no index was asked for."""
-    if not limits.milliseconds or args.index is not None or not limits.lsh_cost:
+    """Those whose times are known, where time is bounded. UserError when none is, or none of an index that was asked for."""
+    from attnspan.planner.lsh_cost import timed_as
+
+    if not limits.milliseconds:
         return candidates
-    return tuple(each for each in candidates if each.index in limits.lsh_cost)
+    if args.lsh_cost_table is None:
+        raise UserError(
+            "--ms-per-token bounds sampled heads, too: give --lsh-cost-table, or leave them out with --kinds span,dense"
+        )
+    timed = tuple(each for each in candidates if timed_as(each) in limits.lsh_cost)
+    wanted = {each.index for each in candidates} if args.index is not None else set()
+    if not timed or wanted - {each.index for each in timed}:
+        known, needed = ", ".join(limits.lsh_cost), ", ".join(dict.fromkeys(timed_as(each) for each in candidates))
+        raise UserError(
+            f"{args.lsh_cost_table} has times of {known}: of each index it must have some of {needed}; measure them with "
+            "bench lsh, or change --index"
+        )
+    return timed
 
 
 def _choices(
@@ -115,7 +150,7 @@ def _choices(
     if candidates:
         items = _items(cal, ITEMS if args.sampling_items is None else args.sampling_items)
         files = [cal.folder / FOLDER / f"{item.id}.npz" for item in items]
-        if any(ItemSampling.known(file, candidates) is None for file in files):
+        if any(ItemSampling.missing(file, candidates) for file in files):
             _measure(args, cal, items, candidates)
         items_known = [item.id for item in items]
     else:
@@ -140,8 +175,8 @@ def _measure(args: argparse.Namespace, cal: Calibration, items: Sequence[Any], c
     from attnspan.calibration.loading import load_model, read_shape
     from attnspan.calibration.sampling import sample_items
 
-    if args.threads:
-        torch.set_num_threads(check_int("threads", args.threads, 1, 4096, "; change --threads"))
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     if read_shape(cal.model).config_hash != cal.shape.config_hash:
         raise UserError(f"{cal.model} has changed since {cal.folder} was made; calibrate again")
     model, _ = load_model(cal.model, cal.dtype, args.device)
@@ -153,10 +188,9 @@ def _write(args: argparse.Namespace, cal: Calibration, plans: dict[str, Plan]) -
     from attnspan.planner.unified_text import lines
 
     name, plan = list(plans.items())[-1]
-    plan.save(args.output)
-    words = [f"{k}={getattr(args, k)}" for k in ("target", "n_max", *OPTIONS, "cache_dtype", "grid", "alphas", "betas")]
-    folder = cal.folder / "plans" / "_".join(w.replace("/", "_") for w in words if not w.endswith("=None"))
+    folder = cal.folder / "plans" / folder_name(args)
     folder.mkdir(parents=True, exist_ok=True)
+    plan.save(args.output)
     rows = []
     for each, p in plans.items():
         p.save(folder / f"{each}.json")
@@ -168,6 +202,20 @@ def _write(args: argparse.Namespace, cal: Calibration, plans: dict[str, Plan]) -
         print(f"{each:16}" + "".join(f"{p.predicted_loss[n]:12.4g}" for n in lengths) + f"{p.solver_gap or 0:8.2%}"
               + ("  <- written" if each == name else ""))  # fmt: skip
     print("\n".join(f"{args.output}: {line}" for line in lines(plan)))
+    if args.target == "hybrid" and args.ms_per_token is not None:
+        print(
+            "--ms-per-token counts all attention as target cpu computes it, which both tables time: a GPU's share was not timed"
+        )
+
+
+def folder_name(args: argparse.Namespace) -> str:
+    """Of a set of candidates: a hash of all options that make it, and those of them that are short, which reports tell."""
+    names = ("target", *OPTIONS, "n_max", "cache_dtype", "grid", "alphas", "betas")
+    made_of = {each: str(getattr(args, each)) for each in (*names, "cost_table", "max_rules_per_layer")}
+    out = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
+    for word in (f"_{each}={made_of[each]}".replace("/", "_") for each in names if getattr(args, each) is not None):
+        out += word if len(os.fsencode(out + word)) <= LONGEST else ""
+    return out
 
 
 def read_size(text: str | None, option: str) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,8 +170,9 @@ def open_model(model: str, num_layers: int | None, form: Form) -> Given:
     if num_layers is not None:
         raise UserError(f"--num-layers is {num_layers}, MODEL an ONNX file, which is taken whole; drop it")
     if form.dtype != "fp32":
+        fix = "give --dtype fp32" if "fp32" in form.target.types else "change --target or MODEL"
         raise UserError(
-            f"--dtype is {form.dtype}; MODEL is an ONNX file, which can be exported in fp32 only; change --target or MODEL"
+            f"target {form.target.name} would compute in {form.dtype}; MODEL is an ONNX file, which can be in fp32 only; {fix}"
         )
     source, lifted = open_onnx(model)
     return Given(source, lifted.windows, source.file, lifted.model)
@@ -188,13 +190,22 @@ def choose_plan(source: Source, file: Path | None, density: float | None, n_max:
         plan = Plan.load(file)
         plan.check_model(source.shape)
         if n_max is not None:
-            plan = dataclasses.replace(plan, n_max=n_max)
+            plan = _with_n_max(plan, n_max)
     else:
         n_max = n_max if n_max is not None else min(limit or DEFAULT_N_MAX, DEFAULT_N_MAX)
         plan = uniform(source.shape, 0.5 if density is None else density, n_max)
     if limit is not None and plan.n_max > limit:
         raise UserError(f"n_max is {plan.n_max}; MODEL allows up to {limit} (max_position_embeddings); change --n-max")
     return plan
+
+
+def _with_n_max(plan: Plan, n_max: int) -> Plan:
+    """The plan for another n_max. One that was chosen under budgets says no more what it takes of them: that was at its own."""
+    made = plan.provenance
+    if made.get("method") == "unified" and n_max != plan.n_max:
+        made = {key: value for key, value in made.items() if key not in ("bounds", "memory", "read", "options")}
+        print(f"warning: the budgets of --plan are for its n_max, {plan.n_max}; at {n_max} it may break them", file=sys.stderr)
+    return dataclasses.replace(plan, n_max=n_max, provenance=made)
 
 
 def first_layers(source: Source, count: int | None) -> Source:

@@ -103,7 +103,7 @@ def _register_inspect(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("plan", type=Path, metavar="PLAN", help="plan.json, or the folder that holds it")
     parser.add_argument("--n", type=int, nargs="+", metavar="N", help="context lengths (default 2048, 4096 ...)")
-    parser.add_argument("--cache-dtype", default="bf16", help="fp32, fp16, bf16 (default) or int8")
+    parser.add_argument("--cache-dtype", help="fp32, fp16, bf16 or int8 (default: what the plan was made for, else bf16)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     png = parser.add_mutually_exclusive_group()
     png.add_argument("--png", type=Path, metavar="FILE", help="heat map (default: beside the plan, plan.png)")

@@ -65,7 +65,7 @@ def check_lengths(lengths: Iterable[int]) -> Sequence[int]:
 
 
 def check_profiled(n: object) -> int:
-    """Return n when it is a length that losses can be known at: a multiple of 64 from 128 on; UserError otherwise."""
+    """Return n when it is a length that can be profiled: a multiple of 64 from 128 on; UserError otherwise."""
     length = check_int("profiled length", n, MIN_SPAN, MAX_TOKENS, "; change --lengths")
     if length % BLOCK:
         raise UserError(f"profiled length is {length}: must be a multiple of {BLOCK}; change --lengths")

@@ -23,18 +23,20 @@ from attnspan.planner.cost import (
 )
 from attnspan.planner.parts import layer_parts
 from attnspan.planner.plan import Plan, ladder
-from attnspan.planner.unified_text import describe_lsh
+from attnspan.planner.unified_text import cache_dtype, describe_lsh
 
 BAR = 24
 
 
-def summarise(plan: Plan, lengths: Sequence[int] | None = None, dtype: str = "bf16") -> dict[str, Any]:
+def summarise(plan: Plan, lengths: Sequence[int] | None = None, dtype: str | None = "bf16") -> dict[str, Any]:
     """Everything that `attnspan inspect` says, as plain numbers: spans in tokens, KV bytes for one sequence.
 
+    dtype: of the caches, None for the one that the plan was made for, bf16 where it does not say.
     `layers` is evaluated at n_max, `lengths` at the given context lengths (default: the ladder of the plan). `indexes`: those of
     sampled heads; `state_bytes`: what they take beside the caches.
     UserError when a length is above n_max or the cache type is unknown.
     """
+    dtype = cache_dtype(plan) if dtype is None else dtype
     each = slot_bytes(plan, dtype)
     spans = plan.spans(plan.n_max).astype(np.int64)
     kept = np.minimum(spans, plan.n_max)

@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from attnspan.planner.choices import Choices
-from attnspan.planner.cost import CACHE_BYTES, format_bytes
+from attnspan.planner.cost import CACHE_BYTES
 from attnspan.planner.decode_cost import DecodeCost
 from attnspan.planner.errors import UserError
+from attnspan.planner.limit_text import OPTION, enough, more, name, show
 from attnspan.planner.lsh import state_bytes
-from attnspan.planner.lsh_cost import LshCost
+from attnspan.planner.lsh_cost import LshCost, timed_as
 from attnspan.planner.problem import SLACK, Array, Choice, InfeasibleError, Rows
-from attnspan.planner.rules import SINK, check_int, check_number, span_tokens
+from attnspan.planner.rules import MIN_SPAN, SINK, check_int, check_number, span_tokens
 
 __all__ = ["TARGETS", "Limits"]
 
 TARGETS = ("hybrid", "cpu")
-_OPTION = {
-    "gpu_kv": "--gpu-kv", "cpu_kv": "--cpu-kv", "kv": "--kv", "read": "--read", "milliseconds": "--ms-per-token",
-}  # fmt: skip
+_TAKEN = {"hybrid": ("gpu_kv", "cpu_kv"), "cpu": ("kv",)}
+_CACHES = {"hybrid": ("fp16", "bf16", "fp32"), "cpu": tuple(CACHE_BYTES)}
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Limits:
     Memory in bytes of one sequence in an artefact for n_max, in caches of cache_dtype. target hybrid: gpu_kv counts the caches of
     spans and dense heads and the sinks and windows of sampled ones; cpu_kv the whole caches of sampled heads and their indexes.
     target cpu: kv counts everything. read: by length, bytes of keys, values and indexes that a step reads, over those of dense
-    attention. milliseconds: by length, attention of all layers for one token, plus other_ms; needs decode_cost, and lsh_cost (by
-    index) for sampled heads.
+    attention. milliseconds: by length, attention of all layers for one token, plus other_ms; needs decode_cost, and for sampled
+    heads lsh_cost (as `LshCost.load` reads it), both measured with as many threads.
     """
 
     gpu_kv: float | None = None
@@ -49,37 +49,51 @@ class Limits:
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise UserError(f"target is {self.target!r}: plans with samples are for {' or '.join(TARGETS)}; change --target")
-        if self.cache_dtype not in CACHE_BYTES:
-            raise UserError(f"cache type is {self.cache_dtype!r}: must be one of {', '.join(CACHE_BYTES)}; change --cache-dtype")
-        taken = {"hybrid": ("gpu_kv", "cpu_kv"), "cpu": ("kv",)}
-        for name in ("gpu_kv", "cpu_kv", "kv"):
-            bound = getattr(self, name)
+        if self.cache_dtype not in _CACHES[self.target]:
+            raise UserError(
+                f"cache type is {self.cache_dtype!r}: must be one of {', '.join(_CACHES[self.target])} for target {self.target}; "
+                "change --cache-dtype"
+            )
+        taken = _TAKEN[self.target]
+        for kind in ("gpu_kv", "cpu_kv", "kv"):
+            bound = getattr(self, kind)
             if bound is None:
                 continue
-            if name not in taken[self.target]:
-                fitting = " and ".join(_OPTION[each] for each in taken[self.target])
-                raise UserError(f"{_OPTION[name]} has no meaning for target {self.target}: must be {fitting}; drop it")
-            check_number(_OPTION[name], bound, 0.0, 1e30)
-        for name, most in (("read", 1.0), ("milliseconds", 1e30)):
-            for n, bound in getattr(self, name).items():
-                check_int(f"length of {_OPTION[name]}", n, 128, 2**30)
-                check_number(f"{_OPTION[name]} at {n}", bound, 0.0, most)
-        if not (self.read or self.milliseconds or any(getattr(self, name) is not None for name in taken[self.target])):
-            fitting = ", ".join(_OPTION[name] for name in (*taken[self.target], "read", "milliseconds"))
+            if kind not in taken:
+                fitting = " and ".join(OPTION[each] for each in taken)
+                raise UserError(f"{OPTION[kind]} has no meaning for target {self.target}: must be {fitting}; drop it")
+            check_number(OPTION[kind], bound, 0.0, 1e30)
+        for kind, most in (("read", 1.0), ("milliseconds", 1e30)):
+            for n, bound in getattr(self, kind).items():
+                check_int(f"length of {OPTION[kind]}", n, 128, 2**30)
+                check_number(f"{OPTION[kind]} at {n}", bound, 0.0, most)
+        if not (self.read or self.milliseconds or any(getattr(self, kind) is not None for kind in taken)):
+            fitting = ", ".join(OPTION[kind] for kind in (*taken, "read", "milliseconds"))
             raise UserError(f"nothing is bounded: every head would be dense; give one or more of {fitting}")
         check_number("--other-ms", self.other_ms, 0.0, 1e30)
-        if self.milliseconds and self.decode_cost is None:
+        if self.milliseconds:
+            self._check_times()
+
+    def _check_times(self) -> None:
+        if self.decode_cost is None:
             raise UserError("time is bounded but no times are known: give --cost-table, or drop --ms-per-token")
+        wrong = {each.threads for each in self.lsh_cost.values()} - {self.decode_cost.threads}
+        if wrong:
+            raise UserError(
+                f"--lsh-cost-table has times of {min(wrong)} threads, --cost-table of {self.decode_cost.threads}: must be as "
+                "many for times to add up; measure one of them again with --threads"
+            )
 
     def check_lengths(self, n_max: int) -> None:
         """UserError when a bound is given at a length above n_max."""
         for kind, bounds in (("read", self.read), ("milliseconds", self.milliseconds)):
             for n in bounds:
                 if n > n_max:
-                    raise UserError(f"{_OPTION[kind]} is given at {n} tokens: must be at most n_max, {n_max}; change --n-max")
+                    raise UserError(f"{OPTION[kind]} is given at {n} tokens: must be at most n_max, {n_max}; change --n-max")
 
     def costs(self, choices: Choices) -> list[tuple[str, int, float, Array]]:
-        """(kind, length, bound, cost [layers, kv_heads, rules]) of every bound; costs of heads add up to what is bounded.
+        """(kind, length, bound, cost [layers, kv_heads, rules]) of every bound; costs of heads add up to what is bounded. That of
+        time is what other_ms leaves of it, perhaps less than nothing.
 
         UserError when head_dim is unknown, a length is above n_max, or a sampled head's times are.
         """
@@ -96,23 +110,16 @@ class Limits:
         for n, bound in self.read.items():
             out.append(("read", n, bound, self.read_bytes(choices, n) / self.dense_bytes(choices, n)))
         for n, bound in self.milliseconds.items():
-            left = bound - self.other_ms
-            if left <= 0:
-                raise InfeasibleError(
-                    f"--ms-per-token is {bound:g}: the rest of the model alone takes {self.other_ms:g} ms; raise it by more than "
-                    f"{-left:.4g} ms"
-                )
-            out.append(("milliseconds", n, left, self._times(choices, n)))
+            out.append(("milliseconds", n, bound - self.other_ms, self._times(choices, n)))
         return out
 
     def rows(self, choices: Choices) -> Rows:
         """The bounds as rows. InfeasibleError, saying by how much, when even the cheapest choices break one of them."""
         made = self.costs(choices)
         for kind, n, bound, cost in made:
-            least = float(cost.min(axis=-1).sum())
-            if least > bound * (1 + SLACK):
-                raise InfeasibleError(_short(kind, n, bound, least))
-        names = tuple(_name(kind, n) for kind, n, _, _ in made)
+            if _least(cost) > bound * (1 + SLACK):
+                raise InfeasibleError(self._short(choices, kind, n, bound, cost))
+        names = tuple(name(kind, n) for kind, n, _, _ in made)
         return Rows(names, np.stack([cost for *_, cost in made]), np.array([bound for _, _, bound, _ in made], np.float64))
 
     def read_bytes(self, choices: Choices, n: int) -> Array:
@@ -128,14 +135,47 @@ class Limits:
         kinds = ("gpu_kv", "cpu_kv") if self.target == "hybrid" else ("kv",)
         return {kind: float(self._memory(choices)[kind][choice].sum()) for kind in kinds}
 
-    @staticmethod
-    def option(kind: str) -> str:
-        """Name of the option of a bound."""
-        return _OPTION[kind]
+    def would_do(self, choices: Choices, kind: str, n: int, bound: float, least: float) -> str:
+        """A bound's option with a value that is enough, as it is typed, and how much more that is."""
+        other = self._other(kind)
+        at = f"@{n}" if kind in ("read", "milliseconds") and n != choices.n_max else ""
+        return f"{OPTION[kind]} {enough(kind, least + other)}{at} ({more(least + other, bound + other)})"
 
-    def show(self, kind: str, value: float) -> str:
-        """A bound for people; of time, with what the rest of the model takes."""
-        return _show(kind, value + (self.other_ms if kind == "milliseconds" else 0))
+    def _other(self, kind: str) -> float:
+        """What the option of a bound counts beside the heads."""
+        return self.other_ms if kind == "milliseconds" else 0.0
+
+    def _short(self, choices: Choices, kind: str, n: int, bound: float, cost: Array) -> str:
+        """Why a bound cannot be kept, and what could be."""
+        other = self._other(kind)
+        inside = f", --other-ms {other:g} in it" if other else ""
+        ways = [self.would_do(choices, kind, n, bound, _least(cost)), *self._remedies(choices, kind, n, cost)]
+        return (
+            f"{name(kind, n)}: {show(kind, bound + other)} is the bound{inside}; the cheapest choices of all heads need more: "
+            f"raise it to {', or '.join(ways)}"
+        )
+
+    def _remedies(self, choices: Choices, kind: str, n: int, cost: Array) -> list[str]:
+        """What else lowers the least of a bound: nothing, where every head takes as little as with the smallest span."""
+        if _least(cost) <= self._smallest(choices, kind, n) * choices.shape.layers * choices.shape.kv_heads * (1 + SLACK):
+            return []
+        kinds, memory = choices.kinds(), kind in ("gpu_kv", "cpu_kv", "kv")
+        out = ["take smaller spans (--grid fine)" if "span" in kinds else "allow span heads (--kinds)"]
+        if kind == "gpu_kv" and "lsh" not in kinds:
+            out.append("allow lsh heads (--kinds)")
+        cheapest = choices.rules[int(cost[0, 0].argmin())]
+        if memory and cheapest.beta > 0 and not (kind == "gpu_kv" and cheapest.lsh):
+            out.append("shorten --n-max")
+        return out
+
+    def _smallest(self, choices: Choices, kind: str, n: int) -> float:
+        """What a head with the smallest span costs."""
+        if kind == "milliseconds":
+            fixed, each = self._decode(choices)
+            return fixed + each * MIN_SPAN
+        if kind == "cpu_kv":
+            return 0.0
+        return MIN_SPAN * self._slot(choices) / (self.dense_bytes(choices, n) if kind == "read" else 1.0)
 
     def _slot(self, choices: Choices) -> float:
         assert choices.shape.head_dim is not None
@@ -160,20 +200,24 @@ class Limits:
             "kv": whole + index,
         }
 
-    def _times(self, choices: Choices, n: int) -> Array:
+    def _decode(self, choices: Choices) -> tuple[float, float]:
+        """Milliseconds of a head that is not sampled: fixed, which is its share of the layer's, and for each slot."""
         assert self.decode_cost is not None
         fixed, each = self.decode_cost.scaled(choices.shape, self.cache_dtype)
-        # The fixed part of a layer is shared out to its heads, so that the row sums to milliseconds.
-        out = np.broadcast_to(fixed / choices.shape.kv_heads + each * choices.slots(n), choices.drawn.shape).copy()
+        return fixed / choices.shape.kv_heads, each
+
+    def _times(self, choices: Choices, n: int) -> Array:
+        fixed, each = self._decode(choices)
+        out = np.broadcast_to(fixed + each * choices.slots(n), choices.drawn.shape).copy()
         sampled, rows = choices.sampled(n), choices.rows(n)
         for i, rule in enumerate(choices.rules):
             if rule.lsh is None:
                 continue
-            known = self.lsh_cost.get(rule.lsh.index)
+            known = self.lsh_cost.get(timed_as(rule.lsh))
             if known is None:
                 raise UserError(
-                    f"time is bounded but no times of index {rule.lsh.index} are known: give --lsh-cost-table FILE of attnspan "
-                    "bench lsh --json with them, or leave it out with --index or --kinds"
+                    f"time is bounded but no times of index {timed_as(rule.lsh)} are known: give --lsh-cost-table FILE of "
+                    "attnspan bench lsh --json with them, or leave it out with --index or --kinds"
                 )
             if sampled[i]:
                 first, per_key, per_row = known.scaled(choices.shape, self.cache_dtype)
@@ -181,29 +225,6 @@ class Limits:
         return out
 
 
-def _name(kind: str, n: int) -> str:
-    words = {
-        "gpu_kv": "bytes on the GPU", "cpu_kv": "bytes on the CPU", "kv": "bytes", "read": "share of dense bytes read",
-        "milliseconds": "milliseconds",
-    }  # fmt: skip
-    return f"{words[kind]} at {n} tokens"
-
-
-def _show(kind: str, value: float) -> str:
-    if kind == "read":
-        return f"{value:.2%}"
-    return f"{value:.4g} ms" if kind == "milliseconds" else format_bytes(round(value))
-
-
-def _short(kind: str, n: int, bound: float, least: float) -> str:
-    """Why a bound cannot be kept, and what could be."""
-    ways = {
-        "gpu_kv": "allow lsh heads or smaller spans, shorten --n-max", "cpu_kv": "allow span heads, shorten --n-max",
-        "kv": "allow span heads, shorten --n-max", "read": "allow span heads, tables or shorter signatures",
-        "milliseconds": "allow span heads",
-    }  # fmt: skip
-    more = f"{least / bound - 1:.1%} more" if bound else "more than nothing"
-    return (
-        f"{_name(kind, n)}: {_show(kind, bound)} is the bound, but the cheapest choices of all heads need {_show(kind, least)}, "
-        f"{more}; raise {_OPTION[kind]} to that, or {ways[kind]} (--kinds, --index)"
-    )
+def _least(cost: Array) -> float:
+    """What the cheapest choices of all heads take."""
+    return float(cost.min(axis=-1).sum())

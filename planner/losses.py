@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from attnspan.planner.errors import UserError
-from attnspan.planner.grid import check_profiled
-from attnspan.planner.plan import Plan
+from attnspan.planner.plan import MAX_TOKENS, Plan
 from attnspan.planner.problem import Array, Choice, Rows, take
-from attnspan.planner.rules import BLOCK, MIN_SPAN, HeadRule, span_tokens
+from attnspan.planner.rules import BLOCK, MIN_SPAN, HeadRule, check_int, span_tokens
 
 Curves = Mapping[int, Array]
-"""Loss curves by length N, float64 [layers, kv_heads, N/64 + 1]: entry b is the rise of the loss when a head keeps b blocks."""
+"""Loss curves by length N, float64 [layers, kv_heads, blocks + 1], blocks of 64 tokens, the last perhaps of fewer: entry b is the
+rise of the loss when a head keeps b blocks."""
 
 
 def monotone(curves: Curves) -> dict[int, Array]:
@@ -36,6 +36,7 @@ def monotone(curves: Curves) -> dict[int, Array]:
 
 def stretched(curves: Curves, n: int) -> dict[int, Array]:
     """The curves and one more, for a text of n tokens longer than any profiled: the longest's, at the same share of the length.
+    n need not be whole blocks: the last entry is that of the whole text.
 
     A head that looks for something anywhere in the text loses by share. A local head loses by distance and is given more than it
     needs. Without it, nothing would speak for keeping anything at lengths that only the budget knows.
@@ -45,17 +46,17 @@ def stretched(curves: Curves, n: int) -> dict[int, Array]:
         return dict(curves)
     blocks = -(-n // BLOCK)
     known = _check_curve(longest, curves[longest])
-    at = np.arange(blocks + 1) * (known.shape[-1] - 1) / blocks
+    at = np.minimum(np.arange(blocks + 1) * BLOCK / n, 1) * (known.shape[-1] - 1)
     low = np.minimum(at.astype(int), known.shape[-1] - 2)
     values = known[..., low] + (at - low) * (known[..., low + 1] - known[..., low])
-    return dict(curves) | {blocks * BLOCK: values}
+    return dict(curves) | {n: values}
 
 
 def _check_curve(n: int, curve: npt.ArrayLike) -> Array:
-    check_profiled(n)
+    blocks = -(-check_int("length of curves", n, MIN_SPAN, MAX_TOKENS, "; change --lengths") // BLOCK)
     values = np.asarray(curve, np.float64)
-    if values.ndim != 3 or values.shape[-1] != n // BLOCK + 1:
-        raise UserError(f"curves at {n} have the shape {list(values.shape)}: must be [layers, kv_heads, {n // BLOCK + 1}]")
+    if values.ndim != 3 or values.shape[-1] != blocks + 1:
+        raise UserError(f"curves at {n} have the shape {list(values.shape)}: must be [layers, kv_heads, {blocks + 1}]")
     if not np.isfinite(values).all():
         raise UserError(f"curves at {n} hold {np.count_nonzero(~np.isfinite(values))} values that are no finite number")
     return values
@@ -74,7 +75,7 @@ class LossTable:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
-        object.__setattr__(self, "lengths", tuple(check_profiled(n) for n in self.lengths))
+        object.__setattr__(self, "lengths", tuple(check_int("length of losses", n, MIN_SPAN, MAX_TOKENS) for n in self.lengths))
         object.__setattr__(self, "loss", np.asarray(self.loss, np.float64))
         if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):
             raise UserError(f"lengths of the losses are {list(self.lengths)}: must rise; change --lengths")
@@ -97,7 +98,7 @@ class LossTable:
                 raise UserError(
                     f"curves at {n} are for {list(curve.shape[:2])} layers and KV heads, not {first} as at {min(curves)}"
                 )
-            tables.append(curve[..., np.minimum(span_tokens(alpha, beta, n), n) // BLOCK])
+            tables.append(curve[..., np.minimum(span_tokens(alpha, beta, n) // BLOCK, curve.shape[-1] - 1)])
         return cls(tuple(rules), tuple(sorted(curves)), np.stack(tables) if tables else np.empty(0))
 
     def of(self, kept: Plan | Choice) -> dict[int, float]:

@@ -13,10 +13,21 @@ from attnspan.planner.cost import CACHE_BYTES
 from attnspan.planner.decode_cost import fit_times
 from attnspan.planner.errors import UserError
 from attnspan.planner.files import read_json
-from attnspan.planner.rules import check_int, check_number
+from attnspan.planner.rules import LshParams, check_int, check_number
 from attnspan.planner.shape import ModelShape
 
-__all__ = ["LshCost"]
+__all__ = ["LshCost", "timed_as"]
+
+
+def timed_as(params: LshParams) -> str:
+    """Name of what a head's times are known by: its index, and the width of what that hashes to."""
+    return _name(params.index, vars(params))
+
+
+def _name(index: str, parameters: Mapping[str, Any]) -> str:
+    if index == "signature":
+        return f"{index} of {parameters.get('signature_bits')} bits"
+    return f"{index} ({parameters.get('bits')}, {parameters.get('tables')})" if index == "tables" else index
 
 
 @dataclass(frozen=True)
@@ -47,25 +58,36 @@ class LshCost:
         return self.fixed * shape.group / self.heads, self.per_key * wider * more, self.per_row * wider * more
 
     @classmethod
-    def load(cls, path: str | Path, dtype: str = "bf16") -> dict[str, LshCost]:
-        """By index, fitted to a file of `attnspan bench lsh --json FILE`: least squares of relative errors, no part below 0.
+    def load(cls, path: str | Path, dtype: str = "bf16", threads: int | None = None) -> dict[str, LshCost]:
+        """By name of `timed_as`, fitted to a file of `attnspan bench lsh --json FILE`: least squares of relative errors, no part
+        below 0. threads: those of the measurements to take, by default those of all.
 
-        An index needs three measurements, at two contexts or more: others are left out. UserError when the file is another, or
-        has enough of none.
+        An index of one width needs three measurements, at two contexts or more: others are left out. UserError when the file is
+        another, has enough of none, or measurements with other numbers of threads.
         """
         file = Path(path)
         results = read_json(file).get("results")
         if not isinstance(results, list) or not all(isinstance(r, Mapping) and "kernel" in r for r in results):
             raise UserError(f"{file} is not from `attnspan bench lsh --json`: no results; change --lsh-cost-table")
+        mine = [
+            r for r in results if isinstance(r.get("parameters"), Mapping) and r.get("dtype") == dtype and r.get("batch") == 1
+        ]
+        counts = sorted({check_int(f"{file}: threads", r.get("threads"), 1, 65536) for r in mine})
+        if counts and (len(counts) > 1 if threads is None else threads not in counts):
+            wanted = "one number" if threads is None else f"{threads}, as --cost-table"
+            raise UserError(
+                f"{file} has times of {', '.join(map(str, counts))} threads: must be of {wanted}; measure them with bench lsh "
+                "--threads"
+            )
         groups: dict[str, list[Mapping[str, Any]]] = {}
-        for r in results:
-            if "parameters" in r and r.get("dtype") == dtype and r.get("batch") == 1:
-                groups.setdefault(str(r["kernel"]), []).append(r)
+        for r in mine:
+            if threads in (None, r["threads"]):
+                groups.setdefault(_name(str(r["kernel"]), r["parameters"]), []).append(r)
         out: dict[str, LshCost] = {}
         short: list[UserError] = []
-        for kernel, records in groups.items():
+        for name, records in groups.items():
             try:
-                out[kernel] = cls._fit(file, kernel, records, dtype)
+                out[name] = cls._fit(file, name, records, dtype)
             except UserError as error:
                 short.append(error)
         if short and not out:
@@ -78,20 +100,20 @@ class LshCost:
         return out
 
     @classmethod
-    def _fit(cls, file: Path, kernel: str, records: list[Mapping[str, Any]], dtype: str) -> LshCost:
+    def _fit(cls, file: Path, name: str, records: list[Mapping[str, Any]], dtype: str) -> LshCost:
         first = records[0]
         heads, kv_heads, dim, threads = (
-            check_int(f"{file}: {name}", first.get(name), 1, 65536) for name in ("heads", "kv_heads", "head_dim", "threads")
+            check_int(f"{file}: {key}", first.get(key), 1, 65536) for key in ("heads", "kv_heads", "head_dim", "threads")
         )
-        same = [r for r in records if all(r.get(name) == first[name] for name in ("heads", "kv_heads", "head_dim", "threads"))]
+        same = [r for r in records if all(r.get(key) == first[key] for key in ("heads", "kv_heads", "head_dim"))]
 
-        def column(name: str) -> Any:
-            return np.array([check_number(f"{file}: {name}", r.get(name), 0.0, 1e30) for r in same])
+        def column(key: str) -> Any:
+            return np.array([check_number(f"{file}: {key}", r.get(key), 0.0, 1e30) for r in same])
 
         contexts, ms = column("context"), column("median_ms")
         if len(same) < 3 or len(set(contexts.tolist())) < 2 or not ms.all():
             raise UserError(
-                f"{file} has {len(same)} times of index {kernel} at {len(set(contexts.tolist()))} contexts: at least 3 at 2 are "
+                f"{file} has {len(same)} times of index {name} at {len(set(contexts.tolist()))} contexts: at least 3 at 2 are "
                 "needed; give bench lsh more --context and --fraction"
             )
         keys = contexts * kv_heads

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from attnspan.planner.choices import Choices, check_kinds
+from attnspan.planner.errors import UserError
 from attnspan.planner.limits import Limits
 from attnspan.planner.optimize import solve
 from attnspan.planner.plan import Plan
@@ -21,7 +22,7 @@ __all__ = ["Limits", "plan_unified", "plans_by_kinds"]
 def plan_unified(
     choices: Choices,
     limits: Limits,
-    kinds: Iterable[str] = MODES,
+    kinds: Iterable[str] | None = None,
     max_rules_per_layer: int | None = None,
     gap: float = 0.001,
     seconds: float = 30.0,
@@ -29,6 +30,7 @@ def plan_unified(
 ) -> Plan:
     """The plan with the least predicted loss, averaged over the lengths of the choices, that keeps all bounds.
 
+    kinds: of heads, by default all that there are choices of; UserError when there are none of one.
     Its solver_gap is proven; `seconds` bounds each of the problems solved. A plan of several kinds is never predicted to lose
     more than one of fewer of them, whatever the gap: these are solved too. Provenance tells the bounds and what the plan takes of
     them. InfeasibleError, saying what breaks, by how much and what would do, when no plan keeps the bounds.
@@ -40,15 +42,14 @@ def plan_unified(
 def plans_by_kinds(
     choices: Choices,
     limits: Limits,
-    kinds: Iterable[str] = MODES,
+    kinds: Iterable[str] | None = None,
     max_rules_per_layer: int | None = None,
     gap: float = 0.001,
     seconds: float = 30.0,
     provenance: Mapping[str, Any] | None = None,
 ) -> dict[str, Plan]:
     """As `plan_unified`, and the plans of fewer kinds that keep the bounds before it; names are kinds joined by +."""
-    given = check_kinds(kinds)
-    wanted = [kind for kind in given if kind in choices.kinds()] or list(given)
+    wanted = _wanted(choices, kinds)
     out: dict[str, Plan] = {}
     best: dict[tuple[str, ...], tuple[float, list[list[Any]]]] = {}
     for some in (part for size in range(1, len(wanted) + 1) for part in combinations(wanted, size)):
@@ -70,6 +71,18 @@ def plans_by_kinds(
         proven = relative_gap(least, min(solution.lower_bound, least))
         out["+".join(some)] = _plan(allowed, limits, rows, choice, proven, provenance)
     return out
+
+
+def _wanted(choices: Choices, kinds: Iterable[str] | None) -> tuple[str, ...]:
+    there = choices.kinds()
+    if kinds is None:
+        return tuple(kind for kind in MODES if kind in there)
+    wanted = check_kinds(kinds)
+    for kind in wanted:
+        if kind not in there:
+            fix = "measure sampling first" if kind == "lsh" else "change the grid"
+            raise UserError(f"no choice is of the kind {kind}, which --kinds names: leave it out, or {fix}")
+    return wanted
 
 
 def _indices(choices: Choices, rules: list[list[Any]]) -> Choice:
@@ -114,7 +127,7 @@ def _what_would(error: InfeasibleError, limits: Limits, choices: Choices, max_ru
             least = solve(Problem(np.ascontiguousarray(cost), others, max_rules), gap=0.001, seconds=10.0).loss
         except InfeasibleError:
             continue
-        ways.append(f"{limits.option(kind)} of {limits.show(kind, least)} ({least / bound - 1:.1%} more, at {n} tokens)")
+        ways.append(limits.would_do(choices, kind, n, bound, least))
     if not ways:
         return error
     return InfeasibleError(f"no plan keeps all bounds together; with the others as they are it takes {', or '.join(ways)}")

@@ -9,7 +9,7 @@ from attnspan.planner.cost import device_bytes, format_bytes
 from attnspan.planner.plan import Plan
 from attnspan.planner.rules import MODES, LshParams
 
-__all__ = ["describe_lsh", "kinds", "lines"]
+__all__ = ["cache_dtype", "describe_lsh", "kinds", "lines"]
 
 
 def kinds(plan: Plan) -> dict[str, int]:
@@ -29,12 +29,18 @@ def describe_lsh(params: LshParams) -> str:
     return f"{params.index}, window {params.window}"
 
 
+def cache_dtype(plan: Plan) -> str:
+    """Type of the caches that a plan was made for; bf16 where it does not say."""
+    made = plan.provenance
+    return str(made.get("cache_dtype", "bf16")) if made.get("method") == "unified" else "bf16"
+
+
 def lines(plan: Plan) -> list[str]:
     """Heads, bytes by device and, of plans that were chosen for it, bytes read and bounds."""
     total = plan.model.layers * plan.model.kv_heads
     out = [f"{total} KV heads: " + ", ".join(f"{count} {mode}" for mode, count in kinds(plan).items())]
     made = plan.provenance
-    dtype = made.get("cache_dtype", "bf16") if made.get("method") == "unified" else "bf16"
+    dtype = cache_dtype(plan)
     sizes = device_bytes(plan, dtype)
     if sizes is not None and any(rule.lsh for layer in plan.rules for rule in layer):
         out.append(

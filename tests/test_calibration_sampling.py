@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shutil
 from pathlib import Path
@@ -215,6 +216,15 @@ def test_item_files_and_resuming(model: Any, tmp_path: Path, monkeypatch: pytest
     assert made == [items[1].id]
     assert again[0].candidates == CANDIDATES
     np.testing.assert_allclose(again[1].loss, first[1].loss[..., :2], rtol=1e-6)
+    other = [LshParams("sketch", 64, fraction=0.05)]
+    sample_items(model, items, [*other, *other, *CANDIDATES], tmp_path)
+    assert made == [items[1].id, items[0].id, items[1].id]
+    kept = [ItemSampling.load(tmp_path / f"{each.id}.npz") for each in items]  # what was there stays, beside what was lacking
+    assert kept[0].candidates == (*CANDIDATES, *other)
+    assert kept[1].candidates == (*CANDIDATES[:2], *other, *CANDIDATES[2:])
+    whole = sample_item(model, items[1], kept[1].candidates)
+    for name in ("loss", "error", "share", "read"):
+        np.testing.assert_allclose(getattr(kept[1], name), getattr(whole, name), rtol=1e-5)
     (tmp_path / f"{items[0].id}.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match="delete it and run the command again"):
         sample_items(model, items, CANDIDATES, tmp_path)
@@ -257,6 +267,26 @@ def test_currency() -> None:
     assert math.isclose(made.read[0, 0, 0], 0)
     none = build_choices(shape, 8192, curves, [], [HeadRule("span", 0.0, 0.5)])
     assert [rule.mode for rule in none.rules] == ["span", "dense"]
+    odd = build_choices(shape, 8001, curves, measured, [HeadRule("span", 0.0, 0.5)])
+    assert odd.lengths == (1024, 4096, 8001)  # no length above n_max
+    assert (odd.loss[2, ..., 1] == 0).all()
+    # Items that were measured with other ways of sampling, and a way that one of them lacks.
+    apart = [
+        dataclasses.replace(each, candidates=lsh_grid(("sketch", "tables"), (0.1 + i / 10,), (64,)))
+        for i, each in enumerate(measured)
+    ]
+    shared = build_choices(shape, 8192, curves, apart, [])
+    assert [rule.lsh.index for rule in shared.rules if rule.lsh] == ["tables"]
+    with pytest.raises(
+        UserError, match=r"the 3 sampled items have in common no sketch 0\.1, window 64, .* attnspan plan DIR --target"
+    ):
+        build_choices(shape, 8192, curves, apart, [], apart[0].candidates)
+    alone = [
+        dataclasses.replace(each, candidates=lsh_grid(("sketch",), (0.1 + i / 10, 0.05 + i / 10), (64,)))
+        for i, each in enumerate(measured)
+    ]
+    with pytest.raises(UserError, match="have in common no way of sampling: run attnspan plan DIR --target again"):
+        build_choices(shape, 8192, curves, alone, [])
 
 
 def _plan_dict() -> dict[str, Any]:
@@ -297,8 +327,81 @@ def test_command(calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     monkeypatch.setattr(sampling, "sample_items", never)
     assert main(["plan", str(folder), "--target", "cpu", "--kv", "700KiB", "--kinds", "span,lsh", *options]) == 0
     assert {rule.mode for layer in Plan.load(out).rules for rule in layer} <= {"span", "lsh"}
-    assert main(["plan", str(folder), "--target", "cpu", "--read", "50%", "--kinds", "span,dense", *options]) == 0
+    spans = ["--n-max", "4096", "-o", str(out)]
+    assert main(["plan", str(folder), "--target", "cpu", "--read", "50%", "--kinds", "span,dense", *spans]) == 0
     assert dataclasses.asdict(load_choices(folder, 4096).shape) == dataclasses.asdict(plan.model)
+
+
+def time_tables(folder: Path) -> tuple[Path, Path]:
+    """Of bench attention with 2 threads; of bench lsh with 1 and 2 threads, signatures of 64 bits only."""
+    spans, sampled = folder / "attention.json", folder / "lsh.json"
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": 16}
+    both = {"dtype": "bf16", "batch": 1}
+    step = both | {"kernel": "attnspan", "phase": "decode"}
+    decode = [step | {"kept_bytes": n * 128, "median_ms": 0.01 + n * 1e-5} for n in (1024, 8192)]
+    spans.write_text(json.dumps({"settings": shape | {"threads": 2}, "results": decode}))
+    step = both | shape | {"kernel": "signature", "parameters": {"signature_bits": 64}, "index_bytes_per_token": 8.0}
+    drawn = [
+        step | {"threads": threads, "context": n, "kept_bytes": n * 2 * 8 + rows * 64, "median_ms": 0.01 / threads}
+        for n in (4096, 8192) for rows in (200, 400) for threads in (1, 2)
+    ]  # fmt: skip
+    sampled.write_text(json.dumps({"results": drawn}))
+    return spans, sampled
+
+
+def test_time_and_its_tables(calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only ways of sampling whose times are known are measured and chosen; a target with a GPU is told what was timed."""
+    folder, out = tmp_path / "calib", tmp_path / "plan.json"
+    shutil.copytree(calibrated, folder)
+    spans, sampled = time_tables(tmp_path)
+    tables = ["--cost-table", str(spans), "--lsh-cost-table", str(sampled)]
+    command = ["plan", str(folder), "--n-max", "4096", "-o", str(out), "--target"]
+    timed = [*command, "hybrid", "--ms-per-token", "1", "--sampling-items", "1", *tables]
+    assert main([*timed, "--index", "sketch,signature"]) == 2
+    assert (
+        "has times of signature of 64 bits: of each index it must have some of sketch, signature of 64" in capsys.readouterr().err
+    )
+    assert not (folder / FOLDER).exists()
+    assert main([*timed, "--kinds", "lsh"]) == 0
+    assert "--ms-per-token counts all attention as target cpu computes it" in capsys.readouterr().out
+    assert {rule.lsh.signature_bits for layer in Plan.load(out).rules for rule in layer if rule.lsh} == {64}
+    kept = ItemSampling.load(next((folder / FOLDER).glob("*.npz")))
+    assert {each.signature_bits for each in kept.candidates} == {64}
+    assert main([*command, "cpu", "--ms-per-token", "1", *tables[:2]]) == 2
+    assert "give --lsh-cost-table, or leave them out with --kinds span,dense" in capsys.readouterr().err
+    assert main([*command, "cpu", "--ms-per-token", "1", "--kinds", "span", *tables[:2]]) == 0
+    assert "--ms-per-token counts" not in capsys.readouterr().out
+
+
+def test_a_folder_for_each_set_of_options(calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Plans that differ in anything lie apart, however long their options are; reports know the bounds."""
+    folder = tmp_path / "calib"
+    shutil.copytree(calibrated, folder)
+    command = [
+        "plan",
+        str(folder),
+        "--n-max",
+        "4096",
+        "-o",
+        str(tmp_path / "plan.json"),
+        "--target",
+        "cpu",
+        "--kinds",
+        "span,dense",
+    ]
+    many = ",".join(str(64 * n) for n in range(2, 64))
+    timed = ["--ms-per-token", "1", "--cost-table"]
+    for name in ("a.json", "b.json"):
+        shutil.copy(time_tables(tmp_path)[0], tmp_path / name)
+    for more in (
+        ["--read", "60%"], ["--read", "60%", "--max-rules-per-layer", "1"], [*timed, str(tmp_path / "a.json")],
+        [*timed, str(tmp_path / "b.json")], ["--read", "60%", "--alphas", many, "--betas", "0,0.5"],
+        ["--read", "60%", "--alphas", many, "--betas", "0,0.25"],
+    ):  # fmt: skip
+        assert main([*command, *more]) == 0, capsys.readouterr().err
+    assert len(list((folder / "plans").glob("*/candidates.json"))) == 6
+    assert main(["report", str(folder), "-o", str(tmp_path / "report.html")]) == 0
+    assert "Budget: 60% of dense reads a token." in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -316,7 +419,18 @@ def test_command(calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         ("--target hybrid --read 10% --index exact", "change --index"),
         ("--target hybrid --read 10% --fractions a", "must be numbers with commas"),
         ("--target hybrid --read 10% --sampling-items 0", "change --sampling-items"),
-        ("--target hybrid --read 1% --kinds span", "raise --read"),
+        ("--target hybrid --read 1% --kinds span", "raise it to --read"),
+        ("--target hybrid --read 10% --kinds span --index sketch", "--index is sketch, which needs lsh among --kinds"),
+        ("--target hybrid --read 10% --kinds dense --fractions 0.1", "--fractions is 0.1, which needs lsh among --kinds"),
+        ("--target hybrid --read 10% --kinds dense --sampling-items 2", "--sampling-items is 2, which needs lsh among --kinds"),
+        ("--target hybrid --read 10% --index tables --fractions 0.1", "--fractions is 0.1, which needs sketch among --index"),
+        ("--target hybrid --read 10% --other-ms 5", "--other-ms is 5.0, which needs --ms-per-token"),
+        ("--target hybrid --read 10% --cost-table a.json", "--cost-table is a.json, which needs --ms-per-token"),
+        ("--target hybrid --read 10% --lsh-cost-table a.json", "--lsh-cost-table is a.json, which needs --ms-per-token"),
+        ("--target hybrid --read 10% --kinds span --threads -3", "threads is -3: must be an integer from 1"),
+        ("--target hybrid --read 10% --kinds span --threads 0", "change --threads"),
+        ("--density 0.5 --threads 0", "change --threads"),
+        ("--target hybrid --read 10% --cache-dtype int8", "must be one of fp16, bf16, fp32 for target hybrid"),
     ],
 )
 def test_wrong_options(

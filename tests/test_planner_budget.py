@@ -105,8 +105,8 @@ def test_loss_table_reads_the_curves() -> None:
 @pytest.mark.parametrize(
     ("curves", "words"),
     [
-        ({100: np.zeros((1, 1, 2))}, "profiled length"),
-        ({160: np.zeros((1, 1, 3))}, "multiple of 64"),
+        ({100: np.zeros((1, 1, 2))}, "length of curves is 100"),
+        ({160: np.zeros((1, 1, 3))}, r"\[layers, kv_heads, 4\]"),
         ({256: np.zeros((1, 1, 4))}, r"\[layers, kv_heads, 5\]"),
         ({256: np.full((1, 1, 5), np.nan)}, "finite"),
         ({256: np.zeros((1, 1, 5)), 512: np.zeros((2, 1, 9))}, "layers and KV heads"),
@@ -280,5 +280,11 @@ def test_stretched_curves_keep_their_shares() -> None:
     assert list(longer) == [2048, 4096, 8192]
     np.testing.assert_allclose(longer[8192][..., ::2], curves[4096])
     assert (np.diff(longer[8192], axis=-1) <= 1e-15).all()
-    assert list(stretched(curves, 5000)) == [2048, 4096, 5056]  # whole blocks
+    # 78 blocks and 8 tokens: what loses nothing is the whole text.
+    between = LossTable.from_curves(stretched(curves, 5000), (FULL, HeadRule("dense"), HeadRule("span", 0.0, 0.5)))
+    assert between.lengths == (2048, 4096, 5000)
+    assert (between.loss[-1, ..., :2] == 0).all()
+    at, low = 2560 / 5000 * 64, 32
+    wanted = curves[4096][..., low] + (at - low) * (curves[4096][..., low + 1] - curves[4096][..., low])
+    np.testing.assert_allclose(between.loss[-1, ..., 2], wanted)
     assert list(stretched(curves, 4096)) == [2048, 4096]

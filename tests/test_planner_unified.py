@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -13,16 +14,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnspan.calibration.target_plan import read_size
 from attnspan.planner.choices import Choices
 from attnspan.planner.cost import device_bytes
 from attnspan.planner.decode_cost import DecodeCost
 from attnspan.planner.errors import UserError
 from attnspan.planner.hybrid import hybrid_parts
+from attnspan.planner.inspect import summarise
+from attnspan.planner.limit_text import enough
 from attnspan.planner.limits import Limits
-from attnspan.planner.lsh_cost import LshCost
+from attnspan.planner.lsh_cost import LshCost, timed_as
 from attnspan.planner.lsh_grid import lsh_grid
 from attnspan.planner.plan import ModelShape, Plan
-from attnspan.planner.problem import InfeasibleError
+from attnspan.planner.problem import SLACK, InfeasibleError
 from attnspan.planner.rules import HeadRule, LshParams
 from attnspan.planner.unified import plan_unified, plans_by_kinds
 
@@ -141,7 +145,7 @@ def test_reads_are_counted_in_the_type_of_the_cache() -> None:
     """An index weighs twice as much beside a cache of half the size; a short text is read whole by sampled heads."""
     made = choices(2).of_kinds(["lsh"])
     for element, dtype in ((4, "fp32"), (2, "bf16"), (1, "int8")):
-        plan = plan_unified(made, Limits(read={8192: 0.9}, cache_dtype=dtype), ["lsh"])
+        plan = plan_unified(made, Limits(read={8192: 0.9}, cache_dtype=dtype, target="cpu"), ["lsh"])
         assert plan.provenance["bounds"]["share of dense bytes read at 8192 tokens"]["cost"] == pytest.approx(
             read_share(made, plan, 8192, element)
         )
@@ -154,18 +158,68 @@ def test_reads_are_counted_in_the_type_of_the_cache() -> None:
 
 def test_out_of_reach() -> None:
     made = choices(3)
-    with pytest.raises(InfeasibleError, match=r"1\.00% is the bound.* need (?P<least>\d+\.\d+)%, .* more; raise --read") as one:
+    with pytest.raises(InfeasibleError, match=r"1\.00% is the bound; .* raise it to --read \d\.\d\d% \(.*% more\)") as one:
         plan_unified(made, Limits(read={8192: 0.01}))
-    least = float(re.search(r"need (\d+\.\d+)%", str(one.value))[1]) / 100  # type: ignore[index]
-    plan_unified(made, Limits(read={8192: least + 1e-4}))
+    plan_unified(made, Limits(read={8192: typed(one, "--read") / 100}))
     # Dense heads need the GPU, sampled ones the CPU: each bound alone can be kept.
     tight = Limits(gpu_kv=4 * 2**20, cpu_kv=4 * 2**20)
-    with pytest.raises(InfeasibleError, match=r"with the others as they are it takes --gpu-kv of .* or --cpu-kv of") as both:
+    with pytest.raises(InfeasibleError, match=r"with the others as they are it takes --gpu-kv .* or --cpu-kv ") as both:
         plan_unified(made, tight, ["dense", "lsh"])
-    wanted = float(re.search(r"--gpu-kv of (\d+\.\d+) MiB", str(both.value))[1])  # type: ignore[index]
-    assert wanted > 4
-    plan_unified(made, Limits(gpu_kv=(wanted + 0.1) * 2**20, cpu_kv=4 * 2**20), ["dense", "lsh"])
+    assert typed(both, "--gpu-kv") > 4
+    plan_unified(made, Limits(gpu_kv=typed(both, "--gpu-kv") * 2**20, cpu_kv=4 * 2**20), ["dense", "lsh"])
+    plan_unified(made, Limits(gpu_kv=4 * 2**20, cpu_kv=typed(both, "--cpu-kv") * 2**20), ["dense", "lsh"])
     plan_unified(made, tight)  # spans fit
+
+
+def typed(error: pytest.ExceptionInfo[Any], option: str) -> float:
+    """The value that a message gives an option, without its unit."""
+    found = re.search(rf"{option} (\d+(?:\.\d+)?)", str(error.value))
+    assert found is not None, str(error.value)
+    return float(found[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(value=st.floats(1e-4, 1e9))
+def test_what_is_told_is_enough(value: float) -> None:
+    """Values that would do are rounded up, by less than their last digit, as the command line reads them."""
+    size = read_size(enough("kv", value), "--kv")
+    assert size is not None
+    assert value * (1 - SLACK) <= size <= value * 1.01 + 1
+    assert value * (1 - SLACK) <= float(enough("milliseconds", value)) <= value * 1.002 + 1e-12
+    assert value * (1 - SLACK) <= float(enough("read", value)[:-1]) / 100 <= value + 1.01e-4
+    assert enough("kv", 3 * 2**20) == "3.00MiB"
+
+
+def test_a_bound_of_nothing() -> None:
+    """A bound of 0 beside another has no percentage."""
+    with pytest.raises(InfeasibleError, match=r"--cpu-kv \d\S+MiB \(more than nothing\)"):
+        plan_unified(choices(3), Limits(gpu_kv=4 * 2**20, cpu_kv=0.0), ["dense", "lsh"])
+
+
+@pytest.mark.parametrize(
+    ("limits", "kinds", "told", "kept_back"),
+    [
+        (Limits(gpu_kv=1.0), ("span", "dense", "lsh"), [], ["(--kinds)", "--grid", "--n-max"]),  # all at the smallest span
+        (Limits(gpu_kv=1.0), ("lsh",), [], ["(--kinds)", "--grid", "--n-max"]),  # windows of 64 are as small
+        (Limits(gpu_kv=1.0), ("dense",), ["allow span heads", "allow lsh heads", "shorten --n-max"], []),
+        (Limits(cpu_kv=1.0), ("lsh",), ["allow span heads", "shorten --n-max"], ["allow lsh"]),
+        (Limits(read={4096: 0.001}), ("dense", "lsh"), ["allow span heads", "@4096"], ["--n-max"]),
+        (Limits(read={4096: 0.001}), ("span", "lsh"), [], ["(--kinds)", "--grid"]),
+    ],
+)
+def test_remedies_that_help(limits: Limits, kinds: tuple[str, ...], told: list[str], kept_back: list[str]) -> None:
+    with pytest.raises(InfeasibleError) as error:
+        plan_unified(choices(3), limits, kinds)
+    assert all(words in str(error.value) for words in told)
+    assert not any(words in str(error.value) for words in kept_back)
+
+
+def test_smaller_spans_are_a_remedy() -> None:
+    made = choices(3)
+    keep = [i for i, rule in enumerate(made.rules) if rule.mode == "span" and rule.beta == 0.5]
+    one = Choices(SHAPE, N_MAX, (made.rules[keep[0]],), made.lengths, *(x[..., keep] for x in (made.loss, made.drawn, made.read)))
+    with pytest.raises(InfeasibleError, match=r"take smaller spans \(--grid fine\), or allow lsh heads .* or shorten --n-max"):
+        plan_unified(one, Limits(gpu_kv=2.0**20))
 
 
 @pytest.mark.parametrize(
@@ -179,6 +233,7 @@ def test_out_of_reach() -> None:
         ({"read": {4096: 1.5}}, "--read at 4096 is 1.5"),
         ({"read": {16384: 0.5}}, "at most n_max, 8192"),
         ({"milliseconds": {8192: 3.0}}, "give --cost-table"),
+        ({"cache_dtype": "int8", "read": {8192: 0.5}}, "must be one of fp16, bf16, fp32 for target hybrid; change --cache-dtype"),
     ],
 )
 def test_bad_limits(options: dict[str, Any], words: str) -> None:
@@ -189,8 +244,10 @@ def test_bad_limits(options: dict[str, Any], words: str) -> None:
 def test_bad_kinds() -> None:
     with pytest.raises(UserError, match="change --kinds"):
         plan_unified(choices(0), Limits(read={4096: 0.5}), ["spans"])
-    with pytest.raises(UserError, match="measure sampling first"):
-        plan_unified(choices(0).of_kinds(["span", "dense"]), Limits(read={4096: 0.5}), ["lsh"])
+    for kinds in (["lsh"], ["span", "dense", "lsh"]):  # not without a word what is left of them
+        with pytest.raises(UserError, match=r"kind lsh, which --kinds names: leave it out, or measure sampling first"):
+            plan_unified(choices(0).of_kinds(["span", "dense"]), Limits(read={4096: 0.5}), kinds)
+    assert "lsh" not in plan_unified(choices(0).of_kinds(["span", "dense"]), Limits(read={4096: 0.5})).provenance["kinds"]
     with pytest.raises(UserError, match="change --index"):
         lsh_grid(["exact"])
 
@@ -222,7 +279,7 @@ def test_times(tmp_path: Path) -> None:
     decode = DecodeCost(0.01, 1e-5, 64, 2, "bf16", 2)
     made = choices(4).of_kinds(["span", "dense", "lsh"])
     slow = Limits(milliseconds={8192: 3.0}, decode_cost=decode, lsh_cost=known)
-    with pytest.raises(UserError, match="no times of index signature are known"):
+    with pytest.raises(UserError, match="no times of index signature of 64 bits are known"):
         plan_unified(made, slow)
     keep = [i for i, rule in enumerate(made.rules) if rule.lsh is None or rule.lsh.index == "sketch"]
     made = Choices(
@@ -244,8 +301,51 @@ def test_times(tmp_path: Path) -> None:
                 total += 0.15 * 2 / 32 + 0.5e-6 * far + 3e-5 * rows
     assert total <= bound * (1 + 1e-9)
     assert plan.provenance["bounds"]["milliseconds at 8192 tokens"]["cost"] == pytest.approx(total)
-    with pytest.raises(InfeasibleError, match="the rest of the model alone takes 5 ms"):
-        plan_unified(made, Limits(milliseconds={8192: 4.0}, other_ms=5.0, decode_cost=decode, lsh_cost=known))
+    for bound in (4.0, 5.0, 5.01):  # the rest of the model takes more, all, and nearly all of it
+        with pytest.raises(
+            InfeasibleError, match=r"--other-ms 5 in it; .* raise it to --ms-per-token 5\.\d+ \(\d.*% more\)"
+        ) as error:
+            plan_unified(made, Limits(milliseconds={8192: bound}, other_ms=5.0, decode_cost=decode, lsh_cost=known))
+        least = typed(error, "--ms-per-token")
+        told = re.search(r"\((\S+)% more\)", str(error.value))
+        assert told is not None
+        assert float(told[1]) == pytest.approx(100 * (least / bound - 1), abs=0.2)  # of what was typed
+        plan_unified(made, Limits(milliseconds={8192: least}, other_ms=5.0, decode_cost=decode, lsh_cost=known))
+
+
+def test_times_of_other_threads_do_not_add_up(tmp_path: Path) -> None:
+    """The table of sampled heads must have as many threads as that of the others; of one with several, those are taken."""
+    decode, file = DecodeCost(0.01, 1e-5, 64, 2, "bf16", 1), bench_lsh(tmp_path / "lsh.json", (0.1, 1e-6, 1e-6))
+    with pytest.raises(UserError, match="--lsh-cost-table has times of 2 threads, --cost-table of 1: must be as many"):
+        Limits(milliseconds={8192: 3.0}, decode_cost=decode, lsh_cost=LshCost.load(file))
+    with pytest.raises(UserError, match="has times of 2 threads: must be of 1, as --cost-table"):
+        LshCost.load(file, threads=1)
+    report = json.loads(file.read_text())
+    slower = [r | {"threads": 1, "median_ms": 2 * r["median_ms"]} for r in report["results"] if "parameters" in r]
+    file.write_text(json.dumps({"results": report["results"] + slower}))
+    with pytest.raises(UserError, match="has times of 1, 2 threads: must be of one number"):
+        LshCost.load(file)
+    assert LshCost.load(file, threads=1)["sketch"].fixed == pytest.approx(0.2)
+    assert LshCost.load(file, threads=2)["sketch"].fixed == pytest.approx(0.1)
+
+
+def test_every_width_has_its_own_times(tmp_path: Path) -> None:
+    """Signatures of 256 bits take longer to scan than those of 64; tables are told apart by bits and number."""
+    file = tmp_path / "lsh.json"
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        ("signature", {"signature_bits": 64}), ("signature", {"signature_bits": 256}), ("tables", {"bits": 10, "tables": 150}),
+        ("tables", {"bits": 8, "tables": 75}),
+    ]  # fmt: skip
+    results = []
+    for i, (kernel, parameters) in enumerate(kinds, 1):
+        records = json.loads(bench_lsh(file, (0.1, i * 1e-6, 1e-6)).read_text())["results"][:-1]
+        results += [r | {"kernel": kernel, "parameters": parameters, "index_bytes_per_token": 34.0} for r in records]
+    file.write_text(json.dumps({"results": results}))
+    known = LshCost.load(file)
+    assert list(known) == ["signature of 64 bits", "signature of 256 bits", "tables (10, 150)", "tables (8, 75)"]
+    assert known["signature of 256 bits"].per_key == pytest.approx(2 * known["signature of 64 bits"].per_key, rel=1e-3)
+    assert timed_as(LshParams("signature", 64, signature_bits=128, max_hamming=44)) not in known
+    assert timed_as(LshParams("tables", 64, bits=10, tables=150, min_collisions=2)) in known
 
 
 def test_bad_time_tables(tmp_path: Path) -> None:
@@ -267,6 +367,11 @@ def test_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = plan_unified(choices(7), Limits(gpu_kv=5 * 2**20, cpu_kv=7 * 2**20, read={4096: 0.4}))
     modes = {rule.mode for layer in plan.rules for rule in layer}
     assert modes == {"span", "dense", "lsh"}
+    wide = dataclasses.replace(plan, provenance=plan.provenance | {"cache_dtype": "fp32"})
+    summary = summarise(wide, dtype=None)
+    assert summary["cache_dtype"] == "fp32"
+    assert summary["allocated_bytes"] == 2 * summarise(plan, dtype=None)["allocated_bytes"]
+    assert summarise(wide, dtype="bf16")["cache_dtype"] == "bf16"
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json").rules == plan.rules
     assert main(["inspect", str(tmp_path / "plan.json"), "--no-png"]) == 0
