@@ -74,8 +74,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise
         raise UserError(f"unknown verb {verb!r}{_hint(verb, known['attnspan'])}; see attnspan --help") from None
     if unknown:
-        options = {word for words in known.values() for word in words}
-        hint = _hint(unknown[0].split("=")[0], options)
+        word = unknown[0].split("=")[0]
+        options = {each for program, words in known.items() if f"{program} ".startswith(f"attnspan {args.verb} ") for each in words}
+        hint = _hint(word, options - {word})
         raise UserError(f"unknown argument {unknown[0]!r}{hint}; see attnspan {args.verb} --help")
     return args
 
