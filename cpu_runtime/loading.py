@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,12 @@ MIN_ORT = (1, 25)
 """Older ones lack kernels that the function body of the ops needs."""
 DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """Execution providers by the device that they compute on."""
+_HEAVY = frozenset({"MatMul", "Gemm", "RMSNormalization", "RotaryEmbedding"})
+"""Standard ops that must not fall back to the CPU unnoticed."""
+_STARTING = (
+    "it needs a GPU, its driver, and the CUDA and cuDNN libraries of this onnxruntime-gpu; install them "
+    "(pip install 'onnxruntime-gpu[cuda,cudnn]'), or drop --device"
+)
 _log = logging.getLogger("attnspan")
 
 
@@ -67,6 +74,7 @@ def open_session(
         options.profile_file_prefix = str(profile)
     if device != "cpu":
         library = _device_library(artefact, use_library, library)
+        _preload(ort)
         # Nodes without edges between them, on the GPU and on the CPU, at the same time: see docs/cuda.md. Of two threads one
         # runs nodes, of both streams; the other is the caller's, which waits.
         options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
@@ -91,6 +99,8 @@ def open_session(
         fix = ""
         if artefact.target == "hybrid" and artefact.dtype == "bfloat16" and device == "cpu":
             fix = "; its CPU provider has no bfloat16 arithmetic: add --device cuda, or export with --dtype fp16 or fp32"
+        elif device != "cpu":  # without the provider it goes on, with the CPU alone, which lacks types
+            fix = f"; if it says above that {DEVICES[device]} could not start: {_STARTING}"
         raise UserError(f"ONNX Runtime {ort.__version__} cannot load {model}: {_first_line(error)}{fix}") from None
     if device != "cpu":
         _check_placement(session, device)
@@ -135,16 +145,25 @@ def _device_library(artefact: Artefact, use_library: bool, library: str | Path |
     return cuda_library_path()
 
 
+def _preload(ort: Any) -> None:
+    """Load the CUDA libraries that pip installed, where no loader finds them by itself."""
+    if hasattr(ort, "preload_dlls"):
+        with redirect_stdout(StringIO()):  # it tells of each that is not there; what matters is whether the provider starts
+            ort.preload_dlls()
+
+
 def _check_placement(session: ort.InferenceSession, device: str) -> None:
     """UserError when the device's provider did not start, or did not take every op of ours but the one that samples."""
     wanted = DEVICES[device]
     if wanted not in session.get_providers():
-        raise UserError(
-            f"{wanted} did not start on this machine (ONNX Runtime says why above): it needs a GPU, its driver, and the CUDA and "
-            "cuDNN libraries of this onnxruntime-gpu; install them (pip install 'onnxruntime-gpu[cuda,cudnn]'), or drop --device"
-        )
+        raise UserError(f"{wanted} did not start on this machine (ONNX Runtime says why above): {_STARTING}")
     for part in session.get_provider_graph_assignment_info():
         for node in part.get_nodes() if part.ep_name != wanted else ():
+            if node.domain == "" and node.op_type in _HEAVY:
+                raise UserError(
+                    f"{wanted} of this onnxruntime-gpu has no kernel for node {node.name!r} ({node.op_type}), it would run on "
+                    f"{part.ep_name}: pip install -U onnxruntime-gpu, or drop --device"
+                )
             if node.domain == "attnspan" and node.op_type != "LshAttention":
                 raise UserError(
                     f"{wanted} does not take node {node.name!r} ({node.op_type}), it would run on {part.ep_name}: the op library "

@@ -22,6 +22,9 @@ __all__ = ["Session"]
 _CHUNK_WITHOUT_LIBRARY = 64
 """The function bodies keep the scores of a chunk against the whole cache in memory."""
 
+NO_MEMORY = "Failed to allocate memory"
+"""What ONNX Runtime's arenas say."""
+
 
 class Session(RowSession):
     """Runs an artefact with ONNX Runtime; `batch` rows, each with a length of its own.
@@ -33,9 +36,10 @@ class Session(RowSession):
     `portable` at most what it was exported for. check_memory False: allow sampled heads whose caches and
     indexes, for n_max tokens in every row, are larger than the memory that is available; texts are to stay
     short. device `cuda`, target `hybrid` only: all but the sampling runs on the first GPU, with the rings in its memory; a
-    prompt for an empty row is then computed in one piece. profile: ONNX Runtime writes one, in a file whose name starts so; see
-    `end_profile`. overlap, target `hybrid` on device `cpu`: near and far parts at the same time, to measure. Not to be used by
-    two threads at once. UserError: not an artefact for this runtime, no memory, ONNX Runtime too old or without the device.
+    prompt for an empty row is then computed in one piece, unless it is longer than a chunk that was given. profile: ONNX Runtime
+    writes one, in a file whose name starts so; see `end_profile`. overlap, target `hybrid` on device `cpu`: near and far parts at
+    the same time, to measure. Not to be used by two threads at once. UserError: not an artefact for this runtime, no memory,
+    ONNX Runtime too old or without the device.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Session(RowSession):
         )
         default = artefact.chunk or (CHUNK if self.library else _CHUNK_WITHOUT_LIBRARY)
         self._chunk = check_int("chunk", chunk or default, 1, artefact.chunk or 2**20)
+        self._whole_prompts = chunk is None
         self._near = NearParts(artefact) if artefact.target == "hybrid" else None
         self._caches: Caches = self._allocate()
         self._rows: dict[int, StepBuffers] = {}
@@ -115,7 +120,15 @@ class Session(RowSession):
         buffers.set_tokens(tokens[None])
         # The model computes one row of logits at least.
         buffers.set_logits(self._unwanted if logits is None else logits[None])
-        buffers.run()
+        try:
+            buffers.run()
+        except Exception as error:  # pybind11 classes without a common base
+            if self.device == "cpu" or NO_MEMORY not in str(error):
+                raise
+            raise UserError(
+                f"no memory on the GPU for {len(tokens)} tokens of a prompt at a time: give the session a chunk of fewer, a "
+                "shorter prompt, or a smaller batch"
+            ) from None
 
     def _compute_step(
         self, tokens: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32], span: npt.NDArray[np.int32]
@@ -163,7 +176,8 @@ class Session(RowSession):
             ) from None
 
     def _chunks(self, length: int, total: int) -> list[tuple[int, int]]:
-        return [(0, total)] if self._in_one_piece(length, total) else super()._chunks(length, total)
+        whole = self._in_one_piece(length, total) and (self._whole_prompts or total <= self._chunk)
+        return [(0, total)] if whole else super()._chunks(length, total)
 
     def _buffers(self, start: int, count: int) -> StepBuffers:
         return StepBuffers(self._session, self._caches, self.artefact, start, count)

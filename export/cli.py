@@ -75,8 +75,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"unknown verb {verb!r}{_hint(verb, known['attnspan'])}; see attnspan --help") from None
     if unknown:
         word = unknown[0].split("=")[0]
-        options = {each for program, words in known.items() if f"{program} ".startswith(f"attnspan {args.verb} ") for each in words}
-        hint = _hint(word, options - {word})
+        of_verb = [words for program, words in known.items() if f"{program} ".startswith(f"attnspan {args.verb} ")]
+        hint = _hint(word, {each for words in of_verb for each in words} - {word})
         raise UserError(f"unknown argument {unknown[0]!r}{hint}; see attnspan {args.verb} --help")
     return args
 

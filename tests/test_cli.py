@@ -46,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (["export", "m", "o", "--over"], "unknown argument '--over'"),
         (["inspect", "p.json", "-o", "x"], "unknown argument '-o'; see attnspan inspect --help"),
-        (["plan", "lsh", "--seeds", "1", "-o", "x"], "unknown argument '--seeds', did you mean '--seed'?; see attnspan plan --help"),
+        (["plan", "lsh", "--seeds", "1", "-o", "x"], "unknown argument '--seeds', did you mean '--seed'?"),
         (["export", "m"], "required: OUT"),
         (["export", "m", "o", "--density", "half"], "invalid float value: 'half'"),
         (["export", "m", "o", "--target", "gpu"], "--target is 'gpu'; must be one of cpu, tensorrt, portable"),

@@ -211,6 +211,26 @@ def test_a_prompt_in_one_piece(name: str, pairs: dict[str, Pair]) -> None:
 
 
 @needs_library
+def test_pieces_that_a_device_has_memory_for(pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk that was asked for is kept; without one, a prompt that does not fit is a mistake of the user's, with a remedy."""
+    chunks, pieces, whole = (opened(pairs["exact"][1], "library", **more) for more in ({}, {"chunk": 300}, {}))
+    pieces.device = whole.device = "cuda"
+    seen: list[int] = []
+    got = pieces.prefill(0, tokens(700), 90, on_progress=lambda _, done, __: seen.append(done))
+    close(got, chunks.prefill(0, tokens(700), 90))
+    assert seen == [0, 300, 600, 700]
+
+    def full(_: Any) -> None:
+        raise RuntimeError("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 1")
+
+    whole.prefill(0, tokens(10))
+    monkeypatch.setattr(type(whole._step), "run", full)
+    with pytest.raises(UserError, match="no memory on the GPU for 90 tokens of a prompt at a time: give the session a chunk"):
+        whole.prefill(0, tokens(90))
+    assert whole.lengths.tolist() == [0]
+
+
+@needs_library
 def test_rings_of_a_device(pairs: dict[str, Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows go through the host to be saved, loaded and copied; small inputs are given again at each run. With ONNX Runtime's own
     memory on the CPU in a device's place."""
@@ -272,12 +292,14 @@ def test_what_a_device_does_not_run_is_refused(pairs: dict[str, Pair], deep: Pat
         Session(deep, device="cuda", use_library=False)
 
 
+def ours(op: str) -> bool:
+    return op in ("SpanAttention", "LshAttention", "LshHash", "MergeAttention")
+
+
 def placed(providers: list[str], **where: str) -> Any:
     """A session with these providers, and nodes of these types on them."""
-    parts = [
-        SimpleNamespace(ep_name=ep, get_nodes=lambda op=op: [SimpleNamespace(name=f"its {op}", op_type=op, domain="attnspan")])
-        for op, ep in where.items()
-    ]  # fmt: skip
+    nodes = {op: SimpleNamespace(name=f"its {op}", op_type=op, domain="attnspan" * ours(op)) for op in where}
+    parts = [SimpleNamespace(ep_name=ep, get_nodes=lambda op=op: [nodes[op]]) for op, ep in where.items()]
     return SimpleNamespace(get_providers=lambda: providers, get_provider_graph_assignment_info=lambda: parts)
 
 
@@ -287,8 +309,30 @@ def test_nodes_on_the_wrong_device_are_refused() -> None:
     words = r"does not take node 'its LshHash' \(LshHash\), it would run on CPUExecutionProvider: .*build it"
     with pytest.raises(UserError, match=words):
         loading._check_placement(placed([cuda, cpu], SpanAttention=cuda, LshHash=cpu), "cuda")
+    loading._check_placement(placed([cuda, cpu], MatMul=cuda, Concat=cpu), "cuda")
+    with pytest.raises(UserError, match=r"has no kernel for node 'its Gemm' \(Gemm\), .* pip install -U onnxruntime-gpu"):
+        loading._check_placement(placed([cuda, cpu], Gemm=cpu), "cuda")
     with pytest.raises(UserError, match=r"CUDAExecutionProvider did not start .*onnxruntime-gpu\[cuda,cudnn\]"):
         loading._check_placement(placed([cpu]), "cuda")
+
+
+@needs_library
+def test_a_provider_that_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Libraries that pip installed are loaded first. ONNX Runtime goes on with the CPU, which refuses bf16: told."""
+    folder = export_tiny(tmp_path, target="hybrid", cache_dtype=None, dtype="bf16").folder
+    loaded: list[str] = []
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: loaded.append("all") or print("Failed to load libcudnn"), raising=False)
+    create = ort.InferenceSession
+    monkeypatch.setattr(
+        ort, "InferenceSession", lambda *given, **more: create(*given, **more | {"providers": ["CPUExecutionProvider"]})
+    )
+    with pytest.raises(UserError, match=r"CUDAExecutionProvider could not start: .*onnxruntime-gpu\[cuda,cudnn\]"):
+        Session(folder, device="cuda", library=op_library())
+    assert loaded == ["all"]
+    assert capsys.readouterr().out == ""
 
 
 @needs_library

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -285,3 +286,13 @@ def main(path: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+
+
+def test_the_library_exports_what_the_package_asks_of_it() -> None:
+    """The same names as the library without a GPU: Python reads figures from whichever is loaded."""
+    names = re.findall(r'visibility\("default"\)\)\) [\w* ]*?(\w+)\(', (CPU / "ops.cc").read_text())
+    exported = re.search(r"global: (.*);", (trt_launch.ROOT / "plugins/trt_sparse_attn/src/ort_exports.map").read_text())
+    assert exported is not None
+    assert {"RegisterCustomOps", "attnspan_lsh_profile", "attnspan_lsh_guarded"} <= set(names)
+    for name in names:
+        assert any(fnmatch(name, pattern) for pattern in exported[1].split("; "))

@@ -113,6 +113,8 @@ cudaError_t CUDARTAPI cudaMemcpy(void* to, const void* from, size_t bytes, cudaM
   return cudaSuccess;
 }
 
+cudaError_t CUDARTAPI cudaStreamSynchronize(cudaStream_t) { return fail_if("cudaStreamSynchronize"); }
+
 cudaError_t CUDARTAPI cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
   write("{\"copy\": " + std::to_string(bytes) + ", \"to\": " + hex(to) + ", \"from\": " + hex(from) + ", \"stream\": " +
         hex(stream) + "}");

@@ -91,7 +91,7 @@ std::string error_of(Body body) {
 }
 
 void failures_of_the_runtime() {
-  for (const char* name : {"cudaGetDevice", "cudaLibraryLoadData", "cudaMalloc", "cudaMemcpy"}) {
+  for (const char* name : {"cudaGetDevice", "cudaLibraryLoadData", "cudaMalloc", "cudaMemcpy", "cudaStreamSynchronize"}) {
     fake_device(90, 132, 227 << 10, 100 + name[5]);  // nothing is loaded for this ordinal
     const auto operation = make_operation(schema::kSpanAttention, span_attributes(4, {128, 192}), false);
     fake_fail(name);

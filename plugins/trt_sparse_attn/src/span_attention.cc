@@ -61,8 +61,11 @@ class DeviceInts {
   explicit DeviceInts(const std::vector<int32_t>& values) {
     check(cudaMalloc(&data_, values.size() * sizeof(int32_t)), "cudaMalloc");
     const cudaError_t copied = cudaMemcpy(data_, values.data(), values.size() * sizeof(int32_t), cudaMemcpyHostToDevice);
-    if (copied != cudaSuccess) cudaFree(data_);
+    // From pageable memory that returns before the integers have arrived, and streams of others do not wait for the default one.
+    const cudaError_t arrived = copied == cudaSuccess ? cudaStreamSynchronize(nullptr) : copied;
+    if (arrived != cudaSuccess) cudaFree(data_);
     check(copied, "cudaMemcpy");
+    check(arrived, "cudaStreamSynchronize");
   }
   DeviceInts(const DeviceInts&) = delete;
   DeviceInts& operator=(const DeviceInts&) = delete;
