@@ -177,6 +177,10 @@ void sampling() {
     // Five standard deviations of a binomial count.
     expect(std::abs(counts[i] - 20000 * share) < 5 * std::sqrt(20000 * share * (1 - share)), "shares", counts[i], 20000 * share);
   }
+  std::vector<float> one_best{1, 2, 4, -2};
+  Sampling cold;
+  cold.temperature = 1e-320;
+  expect(Sampler(cold, 0).pick(one_best.data(), 4) == 2, "a temperature below those of floats");
   for (const float bad : {NAN, INFINITY}) {
     std::vector<float> broken{0, bad, 1};
     bool thrown = false;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <string>
 
 #include "error.h"
@@ -28,7 +29,8 @@ int64_t Sampler::pick(const float* logits, int64_t vocab) {
     throw std::runtime_error("the model produced no usable logits: infinite, or not a number");
   if (how_.temperature == 0) return best - logits;
   weights_.resize(static_cast<size_t>(vocab));
-  const auto temperature = static_cast<float>(how_.temperature);
+  // A tiny one leaves the best alone; as a float it must not become 0 itself.
+  const float temperature = std::max(static_cast<float>(how_.temperature), std::numeric_limits<float>::min());
   for (int64_t i = 0; i < vocab; ++i) weights_[static_cast<size_t>(i)] = std::exp((logits[i] - *best) / temperature);
   keep_likely(weights_, how_.top_k, how_.top_p, sorted_);
   double total = 0;
